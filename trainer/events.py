@@ -1,0 +1,189 @@
+"""What a model run tells the world: one JSON object a line, in `events.jsonl`.
+
+`seq` counts from 0 without a gap over all attempts of a run; `step`, `tokens`, `flops` and `train_seconds` are totals
+since the run's first step, so a resumed run continues them and a step that is trained again repeats the same values.
+Reading a line twice must change nothing. Imports no torch.
+
+    started -> preparing* -> prepared -> grown? -> (train | eval | sample | checkpoint | warning)* -> finished
+                                                                                                   |  failed | stopped
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+Split = Literal["train", "validation", "test"]
+FailureReason = Literal["diverged", "out_of_memory", "disk_full", "bad_data", "bad_checkpoint", "error"]
+
+
+class _Event(BaseModel):
+    # A newer trainer may say more than an older site understands; what is unknown is kept out of the way, not refused.
+    model_config = ConfigDict(extra="ignore", frozen=True, ser_json_inf_nan="null")
+
+    seq: int
+    at: datetime
+
+
+class _Progress(_Event):
+    """Where the run stood: optimizer steps, tokens seen, training FLOPs, seconds in training steps alone."""
+
+    step: int
+    tokens: int
+    flops: float
+    train_seconds: float
+
+
+class Started(_Event):
+    """The process is alive. Written before torch is imported."""
+
+    kind: Literal["started"] = "started"
+    attempt: int
+    pid: int
+    hostname: str
+    versions: dict[str, str]
+
+
+class Preparing(_Event):
+    """Data or weights are being made ready; `done` of `total`, in the unit that `what` implies (may be unknown)."""
+
+    kind: Literal["preparing"] = "preparing"
+    what: str
+    done: int | None = None
+    total: int | None = None
+
+
+class Prepared(_Event):
+    """Data and model stand; training is about to begin (or to go on from `resumed_from`)."""
+
+    kind: Literal["prepared"] = "prepared"
+    parameters: int
+    non_embedding_parameters: int
+    d_vocab: int
+    train_tokens: int  # in the training split
+    validation_tokens: int
+    test_tokens: int
+    bytes_per_token: float  # of the validation split, for bits per byte
+    data_fingerprint: str
+    total_steps: int
+    tokens_per_step: int
+    flops_per_token: float
+    device: str  # "cpu" or "cuda"
+    device_name: str
+    precision: Literal["fp32", "bf16"]
+    threads: int
+    seed: int
+    resumed_from: int | None = None
+    setup_seconds: float
+    versions: dict[str, str]
+
+
+class Grown(_Event):
+    """What growth did, measured on the same held-out tokens before (parent) and after (child), no step taken."""
+
+    kind: Literal["grown"] = "grown"
+    parent: str
+    width: str
+    depth: str
+    preserves: bool  # what the plan promises for these shapes
+    cross_entropy_before: float
+    cross_entropy_after: float
+    max_logit_difference: float
+    logit_scale: float  # largest |logit| of the parent there: what the difference is to be held against
+    kl_divergence: float  # KL(parent || child), nats a token
+    n_tokens: int
+    seconds: float
+    new_parameters: int
+
+
+class Train(_Progress):
+    """Mean over the steps since the last such event; lr and grad_norm are of the last step."""
+
+    kind: Literal["train"] = "train"
+    cross_entropy: float
+    lr: float
+    grad_norm: float
+    tokens_per_second: float
+
+
+class Eval(_Progress):
+    kind: Literal["eval"] = "eval"
+    split: Split
+    cross_entropy: float  # nats a token
+    perplexity: float
+    bits_per_byte: float
+    accuracy: float  # of the next token, 0 to 1
+    n_tokens: int
+    eval_seconds: float
+
+
+class Checkpoint(_Event):
+    """`path` is relative to the run directory."""
+
+    kind: Literal["checkpoint"] = "checkpoint"
+    step: int
+    path: str
+    bytes: int
+    seconds: float
+
+
+class Sample(_Event):
+    kind: Literal["sample"] = "sample"
+    step: int
+    prompt: str
+    text: str
+
+
+class Warning_(_Event):
+    kind: Literal["warning"] = "warning"
+    message: str
+
+
+class Finished(_Progress):
+    kind: Literal["finished"] = "finished"
+    eval_seconds: float
+    setup_seconds: float
+    tokens_per_second: float
+    peak_memory_bytes: int
+    model: str = "model"
+
+
+class Failed(_Event):
+    kind: Literal["failed"] = "failed"
+    reason: FailureReason
+    message: str
+    step: int | None = None
+
+
+class Stopped(_Event):
+    """The run was asked to stop, wrote a checkpoint, and ended; it can be resumed."""
+
+    kind: Literal["stopped"] = "stopped"
+    step: int
+    checkpoint: str | None
+
+
+Event = Annotated[
+    Started
+    | Preparing
+    | Prepared
+    | Grown
+    | Train
+    | Eval
+    | Checkpoint
+    | Sample
+    | Warning_
+    | Finished
+    | Failed
+    | Stopped,
+    Field(discriminator="kind"),
+]
+
+_ADAPTER: TypeAdapter[Any] = TypeAdapter(Event)
+
+
+def parse_event(line: str | bytes) -> Event:
+    """One line of `events.jsonl`. Raises :class:`pydantic.ValidationError`."""
+    return _ADAPTER.validate_json(line)  # type: ignore[no-any-return]

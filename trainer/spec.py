@@ -1,0 +1,399 @@
+"""What an experiment is, as data.
+
+An :class:`ExperimentSpec` says which models are trained, from which first weights, on which text, and how. It is
+validated once, at the edge; everything behind it may rely on what is promised here. It imports neither torch nor
+transformers, so the web site, the command line and the trainer read the same definition.
+
+    ExperimentSpec
+      data    DataSpec     source -> documents -> tokenizer -> splits
+      train   TrainSpec    how every model is trained (a model may override parts of it)
+      models  name -> ModelSpec(family, shape, init)    a graph: `grow` names its parent
+
+Words: see :class:`Shape` for the dimensions, :class:`GrowInit` for the growth operators.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+FamilyName = Literal["gpt2", "llama"]
+WidthRule = Literal["random_pad", "duplicate"]
+DepthRule = Literal["append_random", "stack", "interleave", "identity"]
+Schedule = Literal["cosine", "linear", "constant"]
+Precision = Literal["auto", "fp32", "bf16"]
+
+#: The built-in corpus: the Python standard library's own sources, present wherever Python is.
+BUILT_IN_SOURCE = "python-stdlib"
+
+#: A model's name is also its folder, so it is kept to letters that are safe everywhere.
+MODEL_NAME = r"^[a-z][a-z0-9_-]{0,31}$"
+
+PositiveInt = Annotated[int, Field(ge=1)]
+
+
+class Problem(NamedTuple):
+    """One thing wrong with a spec: where, what was given, and what would be right."""
+
+    field: str  # dotted, as in the JSON: "models.small.shape.d_head"
+    value: Any
+    message: str
+
+    def __str__(self) -> str:
+        shown = "" if self.value is None or isinstance(self.value, dict | list) else f" {self.value!r}"
+        return f"{self.field}{shown}: {self.message}"
+
+
+class SpecError(ValueError):
+    """A spec that cannot be run; `problems` holds every :class:`Problem` found."""
+
+    def __init__(self, problems: list[Problem]):
+        self.problems = problems
+        super().__init__("\n".join(map(str, problems)))
+
+
+class _Spec(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Shape(_Spec):
+    """The dimensions of a transformer.
+
+    d_model      width of the residual stream          n_heads     attention (query) heads
+    d_mlp        width of the MLP's hidden layer       n_kv_heads  key/value heads; null: as many as n_heads
+    d_head       width of one head                     n_layers    blocks
+    """
+
+    d_model: PositiveInt
+    n_heads: PositiveInt
+    n_kv_heads: PositiveInt | None = None
+    d_head: PositiveInt
+    d_mlp: PositiveInt
+    n_layers: PositiveInt
+    layer_norm_eps: Annotated[float, Field(gt=0, lt=0.1)] = 1e-5
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_heads or self.n_heads
+
+
+class RandomInit(_Spec):
+    """Every matrix from N(0, init_range), biases zero, norm gains one."""
+
+    kind: Literal["random"] = "random"
+    init_range: Annotated[float, Field(gt=0, le=1)] = 0.02
+
+
+class CheckpointInit(_Spec):
+    """A pre-trained checkpoint: a Hugging Face folder (safetensors) or a name on the Hub."""
+
+    kind: Literal["checkpoint"] = "checkpoint"
+    path: Annotated[str, Field(min_length=1)]
+
+
+class GrowInit(_Spec):
+    """Weights grown from `parent`, another model of the experiment, by a width rule and a depth rule.
+
+    What a pair really preserves depends on the shapes; :func:`trainer.growth.plan` computes it.
+    """
+
+    kind: Literal["grow"] = "grow"
+    parent: str
+    width: WidthRule = "duplicate"
+    depth: DepthRule = "identity"
+    init_range: Annotated[float, Field(gt=0, le=1)] = 0.02
+
+
+Init = Annotated[RandomInit | CheckpointInit | GrowInit, Field(discriminator="kind")]
+
+
+class BpeTokenizer(_Spec):
+    """A byte-level BPE trained on the training split."""
+
+    kind: Literal["bpe"] = "bpe"
+    d_vocab: Annotated[int, Field(ge=260, le=262_144)] = 4096
+
+
+class PretrainedTokenizer(_Spec):
+    """A tokenizer by Hub name or folder. `d_vocab` is only needed to count parameters before it was fetched."""
+
+    kind: Literal["pretrained"] = "pretrained"
+    name: Annotated[str, Field(min_length=1)]
+    d_vocab: PositiveInt | None = None
+
+
+Tokenizer = Annotated[BpeTokenizer | PretrainedTokenizer, Field(discriminator="kind")]
+
+
+class DataSpec(_Spec):
+    """Where the text comes from and how it becomes tokens.
+
+    `source` is `python-stdlib`, a file or folder (txt, md, py, jsonl, csv, parquet), or the name of a dataset on the
+    Hub with its `config`. Documents are split into train, validation and test before anything else looks at them.
+    """
+
+    source: Annotated[str, Field(min_length=1)] = BUILT_IN_SOURCE
+    config: str | None = None
+    text_column: str | None = None
+    tokenizer: Tokenizer = BpeTokenizer()
+    validation_fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
+    test_fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
+
+    @property
+    def kind(self) -> Literal["built-in", "local", "hub"]:
+        if self.source == BUILT_IN_SOURCE:
+            return "built-in"
+        if self.source.startswith(("/", "./", "../", "~")) or Path(self.source).exists():
+            return "local"
+        return "hub"
+
+
+class TrainSpec(_Spec):
+    """How a model is trained. Training ends at `max_steps` or after `num_epochs`, whichever comes first.
+
+    One step sees batch_size x n_ctx tokens. AdamW; weight decay on matrices only; linear warm-up to `lr`, then
+    `schedule` down to `min_lr_ratio * lr`.
+    """
+
+    n_ctx: Annotated[int, Field(ge=8, le=131_072)] = 256
+    batch_size: PositiveInt = 8
+    num_epochs: Annotated[float, Field(gt=0)] | None = None
+    max_steps: Annotated[int, Field(ge=0)] | None = 400
+    lr: Annotated[float, Field(gt=0, le=1)] = 1e-3
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.1
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    warmup_steps: Annotated[int, Field(ge=0)] = 40
+    schedule: Schedule = "cosine"
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    grad_clip: Annotated[float, Field(gt=0)] | None = 1.0
+    eval_every: PositiveInt = 50
+    eval_tokens: PositiveInt = 65_536
+    checkpoint_every: PositiveInt = 500
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    precision: Precision = "auto"
+    compile: bool = False
+
+    @model_validator(mode="after")
+    def _ends(self) -> TrainSpec:
+        if self.num_epochs is None and self.max_steps is None:
+            raise _error("max_steps", "give max_steps, num_epochs or both: training must end somewhere")
+        if self.max_steps and self.warmup_steps > self.max_steps:
+            raise _error(
+                "warmup_steps", f"{self.warmup_steps} is more than max_steps; at most {self.max_steps} would be right"
+            )
+        return self
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.n_ctx
+
+
+#: What a single model may set for itself. Not n_ctx or batch_size: all models see the same batches in the same order.
+OVERRIDABLE = frozenset(TrainSpec.model_fields) - {"n_ctx", "batch_size", "precision"}
+
+
+class ModelSpec(_Spec):
+    """One model of an experiment. `shape` may be left out for a checkpoint, whose config gives it."""
+
+    family: FamilyName = "llama"
+    shape: Shape | None = None
+    init: Init = RandomInit()
+    tie_embeddings: bool = True
+    train: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("train")
+    @classmethod
+    def _known_overrides(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        if unknown := sorted(set(value) - OVERRIDABLE):
+            raise PydanticCustomError(
+                "override",
+                "{unknown} cannot be set for one model; these can: {allowed}",
+                {"unknown": ", ".join(unknown), "allowed": ", ".join(sorted(OVERRIDABLE))},
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _shape_fits_family(self) -> ModelSpec:
+        if self.shape is None:
+            if self.init.kind != "checkpoint":
+                raise _error("shape", "a shape is needed unless the model is read from a checkpoint")
+            return self
+        from trainer.families import get_family
+
+        for field, message in get_family(self.family).problems(self.shape):
+            raise _error(f"shape.{field}", message, getattr(self.shape, field))
+        return self
+
+    @property
+    def parent(self) -> str | None:
+        return self.init.parent if isinstance(self.init, GrowInit) else None
+
+
+class ExperimentSpec(_Spec):
+    """One question: a set of models, trained on the same batches of the same text, to be compared."""
+
+    name: Annotated[str, Field(min_length=1, max_length=120)]
+    data: DataSpec = DataSpec()
+    train: TrainSpec = TrainSpec()
+    models: Annotated[dict[str, ModelSpec], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _models_form_a_graph(self) -> ExperimentSpec:
+        import re
+
+        for name, model in self.models.items():
+            at = f"models.{name}"
+            if not re.match(MODEL_NAME, name):
+                raise _error(
+                    at, "a model's name has small letters, digits, - and _, begins with a letter, at most 32 long", name
+                )
+            if model.train:
+                try:
+                    TrainSpec.model_validate(self.train.model_dump() | model.train)
+                except ValidationError as error:
+                    problem = problems_of(error)[0]
+                    raise _error(f"{at}.train.{problem.field}", problem.message, problem.value) from None
+            if model.parent is not None and model.parent not in self.models:
+                others = ", ".join(n for n in self.models if n != name) or "no other model"
+                raise _error(f"{at}.init.parent", f"there is no such model here; there is {others}", model.parent)
+            if model.init.kind == "checkpoint" and self.data.tokenizer.kind != "pretrained":
+                raise _error(
+                    "data.tokenizer.kind",
+                    f"{name} is read from a checkpoint, so its own tokenizer must be used: kind 'pretrained' with the "
+                    f"name {model.init.path!r}",
+                    self.data.tokenizer.kind,
+                )
+        for name in self.models:
+            seen: list[str] = []
+            at_name: str | None = name
+            while at_name is not None:
+                if at_name in seen:
+                    raise _error(f"models.{name}.init.parent", "is grown from itself: " + " <- ".join([*seen, at_name]))
+                seen.append(at_name)
+                at_name = self.models[at_name].parent
+        for name, model in self.models.items():
+            if isinstance(model.init, GrowInit):
+                self._check_growth(name, model, self.models[model.init.parent])
+        return self
+
+    def _check_growth(self, name: str, model: ModelSpec, parent: ModelSpec) -> None:
+        at = f"models.{name}"
+        if model.family != parent.family:
+            raise _error(f"{at}.family", f"must be its parent's, {parent.family!r}", model.family)
+        if model.tie_embeddings != parent.tie_embeddings:
+            raise _error(f"{at}.tie_embeddings", f"must be its parent's, {parent.tie_embeddings}", model.tie_embeddings)
+        if parent.shape is None or model.shape is None:
+            return  # known only once the checkpoint is read; the trainer checks again then
+        from trainer.growth import GrowthError, check
+
+        assert isinstance(model.init, GrowInit)
+        try:
+            check(model.family, parent.shape, model.shape, model.init)
+        except GrowthError as error:
+            raise _error(f"{at}.{error.field}", error.message, error.value) from None
+
+    def train_of(self, name: str) -> TrainSpec:
+        """The training settings of one model, its overrides applied."""
+        return TrainSpec.model_validate(self.train.model_dump() | self.models[name].train)
+
+    def order(self) -> list[str]:
+        """Model names, parents before children, otherwise as written."""
+        done: list[str] = []
+        while len(done) < len(self.models):
+            for name, model in self.models.items():
+                if name not in done and (model.parent is None or model.parent in done):
+                    done.append(name)
+        return done
+
+    def ancestors(self, name: str) -> list[str]:
+        """The models that `name` was grown from, nearest first."""
+        found: list[str] = []
+        while (parent := self.models[name].parent) is not None:
+            found.append(parent)
+            name = parent
+        return found
+
+    def to_json(self) -> str:
+        return json.dumps(self.model_dump(mode="json"), indent=1) + "\n"
+
+
+def parse_spec(data: str | bytes | Mapping[str, Any]) -> ExperimentSpec:
+    """An :class:`ExperimentSpec` from JSON text or a mapping.
+
+    Raises :class:`SpecError`, whose problems name each field.
+    """
+    try:
+        if isinstance(data, str | bytes):
+            return ExperimentSpec.model_validate_json(data)
+        return ExperimentSpec.model_validate(data)
+    except ValidationError as error:
+        raise SpecError(problems_of(error)) from None
+
+
+def load_spec(path: str | Path) -> ExperimentSpec:
+    """As :func:`parse_spec`, from a file."""
+    try:
+        return parse_spec(Path(path).read_bytes())
+    except OSError as error:
+        raise SpecError([Problem(str(path), None, f"cannot be read: {error.strerror}")]) from None
+
+
+def problems_of(error: ValidationError) -> list[Problem]:
+    """pydantic's errors as problems: dotted field names as in the JSON, and a sentence that says what would be right."""
+    return [Problem(*_located(item)) for item in error.errors()]
+
+
+def _located(item: Any) -> Iterator[Any]:
+    context = item.get("ctx") or {}
+    # Unions put the chosen variant's tag into the location; the JSON has no such level.
+    parts = [str(p) for p in item["loc"]]
+    parts = [p for i, p in enumerate(parts) if not (p in _TAGS and i and parts[i - 1] in ("init", "tokenizer"))]
+    if item["type"] == "spec":
+        yield ".".join([*parts, context["field"]])
+        yield context["value"]
+        yield context["message"]
+        return
+    yield ".".join(parts) or "spec"
+    yield item["input"] if item["type"] != "missing" else None
+    yield _MESSAGES.get(item["type"], lambda c, m: m)(context, item["msg"])
+
+
+_TAGS = frozenset({"random", "checkpoint", "grow", "bpe", "pretrained"})
+
+_MESSAGES: dict[str, Any] = {
+    "missing": lambda c, m: "is missing",
+    "extra_forbidden": lambda c, m: "is not a field of a spec",
+    "int_parsing": lambda c, m: "must be a whole number",
+    "int_type": lambda c, m: "must be a whole number",
+    "int_from_float": lambda c, m: "must be a whole number",
+    "float_parsing": lambda c, m: "must be a number",
+    "float_type": lambda c, m: "must be a number",
+    "finite_number": lambda c, m: "must be a finite number",
+    "greater_than_equal": lambda c, m: f"must be at least {c['ge']}",
+    "greater_than": lambda c, m: f"must be more than {c['gt']}",
+    "less_than_equal": lambda c, m: f"must be at most {c['le']}",
+    "less_than": lambda c, m: f"must be less than {c['lt']}",
+    "literal_error": lambda c, m: f"must be {c['expected']}",
+    "union_tag_invalid": lambda c, m: f"must be {c['expected_tags']}",
+    "union_tag_not_found": lambda c, m: "needs a kind",
+    "string_too_short": lambda c, m: "must not be empty",
+    "string_too_long": lambda c, m: f"must have at most {c['max_length']} characters",
+}
+
+
+def _error(field: str, message: str, value: Any = None) -> PydanticCustomError:
+    return PydanticCustomError("spec", "{message}", {"field": field, "message": message, "value": value})
