@@ -1,0 +1,10 @@
+"""What all tests share."""
+
+import os
+
+# Two test processes share the machine's cores; spinning OpenMP threads would only take turns. Before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# A developer's own settings must not reach the tests.
+for _name in ("KANGAROO_DATA_CACHE", "KANGAROO_TRAINER", "KANGAROO_ATTEMPT", "KANGAROO_THREADS"):
+    os.environ.pop(_name, None)
