@@ -182,8 +182,11 @@ STORAGES = {
 RUNS_DIR = VAR / "experiments"
 #: Tokenised corpora, shared by all runs.
 DATA_CACHE = VAR / "data"
-#: Folders whose files a user may name as a dataset or checkpoint on this machine. None by default but data/ in var/.
-LOCAL_DATA_DIRS = [Path(p).resolve() for p in env.list("LOCAL_DATA_DIRS", [])] + [VAR / "uploads"]
+#: Folders whose files any user may name as a dataset or checkpoint on this machine. None by default.
+LOCAL_DATA_DIRS = [Path(p).resolve() for p in env.list("LOCAL_DATA_DIRS", [])]
+#: Text files that users sent: UPLOADS_DIR / user id / hash of the content / file name. Each user sees their own alone.
+UPLOADS_DIR = VAR / "uploads"
+MAX_UPLOAD_MB = env.int("MAX_UPLOAD_MB", 100)
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 #: How many runs train at once on this machine; each gets its share of the cores.
 LOCAL_SLOTS = env.int("LOCAL_SLOTS", min(2, CORES))

@@ -141,8 +141,8 @@ Tokenizer = Annotated[BpeTokenizer | PretrainedTokenizer, Field(discriminator="k
 class DataSpec(_Spec):
     """Where the text comes from and how it becomes tokens.
 
-    `source` is `python-stdlib`, a file or folder (txt, md, py, jsonl, csv, parquet), or the name of a dataset on the
-    Hub with its `config`. Documents are split into train, validation and test before anything else looks at them.
+    `source` is `python-stdlib`, a file or folder (txt, md, py, jsonl, csv, parquet; written with a leading `/`, `./`,
+    `../` or `~`), or the name of a dataset on the Hub with its `config`. Documents are split into train, validation and test before anything else looks at them.
     """
 
     source: Annotated[str, Field(min_length=1)] = BUILT_IN_SOURCE
@@ -156,7 +156,8 @@ class DataSpec(_Spec):
     def kind(self) -> Literal["built-in", "local", "hub"]:
         if self.source == BUILT_IN_SOURCE:
             return "built-in"
-        if self.source.startswith(("/", "./", "../", "~")) or Path(self.source).exists():
+        # By its spelling alone: what happens to lie in the current folder must not turn a Hub name into a path.
+        if self.source.startswith(("/", "./", "../", "~")):
             return "local"
         return "hub"
 
