@@ -142,7 +142,8 @@ class DataSpec(_Spec):
     """Where the text comes from and how it becomes tokens.
 
     `source` is `python-stdlib`, a file or folder (txt, md, py, jsonl, csv, parquet; written with a leading `/`, `./`,
-    `../` or `~`), or the name of a dataset on the Hub with its `config`. Documents are split into train, validation and test before anything else looks at them.
+    `../` or `~`), or the name of a dataset on the Hub with its `config`. Documents are split into train, validation
+    and test before anything else looks at them.
     """
 
     source: Annotated[str, Field(min_length=1)] = BUILT_IN_SOURCE
