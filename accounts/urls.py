@@ -2,6 +2,9 @@
 
 from django.urls import include, path
 
+from accounts import views
+
 urlpatterns = [
+    path("settings/", views.settings, name="account_settings"),
     path("", include("allauth.account.urls")),
 ]
