@@ -42,7 +42,10 @@ BUILT_IN_SOURCE = "python-stdlib"
 #: A model's name is also its folder, so it is kept to letters that are safe everywhere.
 MODEL_NAME = r"^[a-z][a-z0-9_-]{0,31}$"
 
-PositiveInt = Annotated[int, Field(ge=1)]
+#: Limits far above any model that exists, so that no spec makes a count or a plan run for ever.
+Dimension = Annotated[int, Field(ge=1, le=1_000_000)]
+Layers = Annotated[int, Field(ge=1, le=2_000)]
+PositiveInt = Annotated[int, Field(ge=1, le=2_000_000_000)]
 
 
 class Problem(NamedTuple):
@@ -77,12 +80,12 @@ class Shape(_Spec):
     d_head       width of one head                     n_layers    blocks
     """
 
-    d_model: PositiveInt
-    n_heads: PositiveInt
-    n_kv_heads: PositiveInt | None = None
-    d_head: PositiveInt
-    d_mlp: PositiveInt
-    n_layers: PositiveInt
+    d_model: Dimension
+    n_heads: Dimension
+    n_kv_heads: Dimension | None = None
+    d_head: Dimension
+    d_mlp: Dimension
+    n_layers: Layers
     layer_norm_eps: Annotated[float, Field(gt=0, lt=0.1)] = 1e-5
 
     @property
@@ -171,14 +174,14 @@ class TrainSpec(_Spec):
     """
 
     n_ctx: Annotated[int, Field(ge=8, le=131_072)] = 256
-    batch_size: PositiveInt = 8
-    num_epochs: Annotated[float, Field(gt=0)] | None = None
-    max_steps: Annotated[int, Field(ge=0)] | None = 400
+    batch_size: Dimension = 8
+    num_epochs: Annotated[float, Field(gt=0, le=1_000_000)] | None = None
+    max_steps: Annotated[int, Field(ge=0, le=2_000_000_000)] | None = 400
     lr: Annotated[float, Field(gt=0, le=1)] = 1e-3
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.1
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    warmup_steps: Annotated[int, Field(ge=0)] = 40
+    warmup_steps: Annotated[int, Field(ge=0, le=2_000_000_000)] = 40
     schedule: Schedule = "cosine"
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
     grad_clip: Annotated[float, Field(gt=0)] | None = 1.0
