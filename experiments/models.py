@@ -68,6 +68,7 @@ class Host(models.Model):
 
     class Kind(models.TextChoices):
         LOCAL = "local", "this machine"
+        WORKER = "worker", "a machine with a worker of its own"
 
     name = models.CharField(max_length=80, unique=True)
     kind = models.CharField(max_length=8, choices=Kind, default=Kind.LOCAL)
@@ -77,6 +78,11 @@ class Host(models.Model):
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def queue(self) -> str:
+        """The RQ queue of this host's jobs: runs are followed where they train."""
+        return "default" if self.kind == self.Kind.LOCAL else f"host-{self.name}"
 
     @classmethod
     def local(cls) -> Host:

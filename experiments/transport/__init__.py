@@ -1,0 +1,16 @@
+"""How a run directory is reached: `base` says what a transport must do, `local` does it on this machine."""
+
+from __future__ import annotations
+
+from experiments.models import Host
+from experiments.transport.base import Frame, Status, Transport
+from experiments.transport.local import Local
+
+__all__ = ["Frame", "Status", "Transport", "for_host"]
+
+_KINDS: dict[str, type[Transport]] = {Host.Kind.LOCAL: Local, Host.Kind.WORKER: Local}
+
+
+def for_host(host: Host) -> Transport:
+    """The transport that reaches `host`."""
+    return _KINDS[host.kind](host)

@@ -1,0 +1,31 @@
+import logging
+import time
+from typing import Any
+
+from django.core.management.base import BaseCommand, CommandParser
+from django.db import Error, connections
+
+from experiments import jobs
+
+log = logging.getLogger(__name__)
+
+
+class Command(BaseCommand):
+    help = "Ring for every run that is wanted and has nobody to follow it. Once, or with --every, again and again."
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        parser.add_argument("--every", type=float, metavar="SECONDS", help="repeat for ever")
+
+    def handle(self, *args: Any, **options: Any) -> None:
+        every = options["every"]
+        while True:
+            try:
+                jobs.reconcile()
+            except (Error, OSError):
+                if not every:
+                    raise
+                log.exception("could not reconcile; trying again")
+                connections.close_all()
+            if not every:
+                return
+            time.sleep(every)

@@ -1,0 +1,450 @@
+"""Start, watch and stop a detached training process in its run directory, on whatever machine this file is run.
+
+    agent start DIR --attempt N    start the trainer of DIR unless it is alive, or this attempt has already ended
+    agent status DIR               is it alive, and if not, how did it end
+    agent stop DIR --grace S       ask it to write a checkpoint and leave; after S seconds it is killed
+    agent tail DIR OFFSET          stream DIR/events.jsonl from a byte offset until the process has ended
+
+Standard library only, so that it runs under any Python from 3.9 on any host. Each command prints a sentinel line first:
+whatever a login shell has printed before it is not ours.
+
+The trainer belongs to nobody who may die. `start` leaves a small supervisor behind in a session of its own, which runs
+the trainer in another, waits for it and writes how it ended. Both hold a lock on the run directory for as long as they
+live, so a trainer whose supervisor was killed still cannot be started a second time. What the agent keeps there:
+
+    run.lock      held by supervisor and trainer; touched every few seconds as a sign of life
+    process.json  who they are: pid, start time, boot id (a pid alone may be somebody else's by now), attempt, command
+    exit.json     how the attempt ended: code or signal, time, the last lines of the log, and whether memory ran out
+    stop          a wish to stop: since when, and how many seconds until force
+    log.txt       what the trainer printed
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Optional, Union
+
+SENTINEL = "== kangaroo agent 1 =="
+ROOT = Path(__file__).resolve().parent.parent
+#: Seconds a stopping trainer has for its checkpoint before it is killed.
+GRACE = 60.0
+#: Bytes of events read at a time.
+CHUNK = 256 * 1024
+_LOG_LINES = 20
+
+
+# Who is who: a pid means something only with its start time and the boot it belongs to ----------------------------------
+
+
+def boot_id() -> str:
+    """Changes whenever the machine starts."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return _output("sysctl", "-n", "kern.boottime")
+
+
+def started_at(pid: int) -> Optional[str]:
+    """When process `pid` started, as its kernel says it; None if there is none, or only its zombie."""
+    if Path("/proc/self/stat").exists():
+        try:
+            # The second field is the command's name in parentheses and may itself hold spaces and parentheses.
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return None
+        return None if fields[0] in "ZX" else fields[19]
+    line = _output("ps", "-o", "stat=,lstart=", "-p", str(pid)).split(None, 1)
+    return None if len(line) < 2 or line[0].startswith("Z") else line[1]
+
+
+def identity(pid: int) -> dict[str, Any]:
+    return {"pid": pid, "started": started_at(pid)}
+
+
+def is_alive(who: Optional[Mapping[str, Any]]) -> bool:
+    """Whether the very process of an :func:`identity` still runs."""
+    return bool(who) and who["started"] is not None and started_at(who["pid"]) == who["started"]
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return ""
+
+
+# Start ------------------------------------------------------------------------------------------------------------------
+
+
+def start(
+    directory: Union[str, Path],
+    attempt: int,
+    *,
+    threads: Optional[int] = None,
+    env: Optional[Mapping[str, str]] = None,
+) -> str:
+    """Start the trainer of `directory`; safe to call any number of times, from anywhere, at once.
+
+    Returns "started"; "already" if a trainer is alive there (of this attempt or of an earlier one); "finished" if this
+    attempt has ended. An attempt whose machine was started anew meanwhile is simply started again: it goes on from its
+    checkpoint. Raises OSError if the directory cannot be written.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = os.open(directory / "run.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        while not _locked(lock):
+            if status(directory)["alive"]:
+                return "already"
+            time.sleep(0.05)  # another start, or an end, is under way; both are quick
+        known = status(directory)
+        if known["alive"]:
+            return "already"
+        if known["attempt"] == attempt and known["exit"] and not known["exit"].get("rebooted"):
+            if known["exit"].get("lost"):
+                _write(directory / "exit.json", known["exit"])  # so that nobody needs to conclude it again
+            return "finished"
+        for stale in ("stop", "exit.json", "process.json"):
+            with contextlib.suppress(FileNotFoundError):
+                (directory / stale).unlink()
+        _leave_supervisor(directory, attempt, lock, {**(os.environ if env is None else env)}, threads)
+        return "started"
+    finally:
+        os.close(lock)
+
+
+def _locked(lock: int) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _leave_supervisor(directory: Path, attempt: int, lock: int, env: dict[str, str], threads: Optional[int]) -> None:
+    # A fresh interpreter rather than a fork of the caller: it holds none of the caller's memory, threads or
+    # connections. It forks once more and so belongs to init; the pipe says when process.json stands.
+    env["KANGAROO_ATTEMPT"] = str(attempt)
+    if threads:
+        env["KANGAROO_THREADS"] = str(threads)
+    ready, told = os.pipe()
+    try:
+        command = [sys.executable, "-m", "trainer.agent", "supervise", str(directory.resolve())]
+        command += ["--attempt", str(attempt), "--lock", str(lock), "--ready", str(told)]
+        with open(directory / "log.txt", "ab") as log:
+            subprocess.run(
+                command,
+                cwd=ROOT,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=(lock, told),
+                start_new_session=True,
+                check=True,
+            )
+        os.close(told)
+        told = -1
+        if os.read(ready, 1) != b"1":
+            raise OSError(f"the supervisor of {directory} ended at once; log.txt there says why")
+    finally:
+        os.close(ready)
+        if told >= 0:
+            os.close(told)
+
+
+def _supervise(directory: Path, attempt: int, lock: int, ready: int) -> None:
+    """Run the trainer, wait for it, write how it ended. Leads its own session; its parent is gone."""
+    if os.fork():
+        os._exit(0)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    command = _command(directory)
+    record: dict[str, Any] = {
+        "attempt": attempt,
+        "boot_id": boot_id(),
+        "hostname": os.uname().nodename,
+        "command": command,
+        "at": time.time(),
+        "supervisor": identity(os.getpid()),
+        "trainer": None,
+    }
+    _write(directory / "process.json", record)
+    oom_kills = _oom_kills()
+    try:
+        trainer = subprocess.Popen(  # a session of its own, so that its whole group can be stopped
+            command, cwd=ROOT, stdin=subprocess.DEVNULL, pass_fds=(lock,), start_new_session=True
+        )
+    except OSError as error:
+        print(f"cannot start {command[0]}: {error}", flush=True)
+        _write(directory / "exit.json", _exit(directory, attempt, 127, False))
+        os.write(ready, b"1")
+        return
+    record["trainer"] = identity(trainer.pid)
+    _write(directory / "process.json", record)
+    os.write(ready, b"1")
+    os.close(ready)
+
+    beats = 0
+    while True:
+        try:
+            code = trainer.wait(timeout=0.5)
+            break
+        except subprocess.TimeoutExpired:
+            beats += 1
+            _act_on_stop(directory, record["trainer"])
+            if beats % 10 == 0:
+                os.utime(lock)
+                oom_kills = _oom_kills()
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(trainer.pid, signal.SIGKILL)  # whatever it left behind
+    _write(directory / "exit.json", _exit(directory, attempt, code, _oom_kills() > oom_kills))
+
+
+def _command(directory: Path) -> list[str]:
+    if override := os.environ.get("KANGAROO_TRAINER"):  # tests put a quicker trainer in its place
+        program = json.loads(override) if override.startswith("[") else [sys.executable, override]
+    else:
+        program = [sys.executable, "-m", "trainer"]
+    spec, out = str(directory / "spec.json"), str(directory.parent)
+    return [*program, "run", spec, "--out", out, "--only", directory.name, "--resume"]
+
+
+def _exit(directory: Path, attempt: int, code: int, memory_ran_out: bool) -> dict[str, Any]:
+    return {
+        "attempt": attempt,
+        "code": code if code >= 0 else None,
+        "signal": -code if code < 0 else None,
+        "out_of_memory": code == -signal.SIGKILL and memory_ran_out,
+        "at": time.time(),
+        "log": last_lines(directory / "log.txt"),
+    }
+
+
+def last_lines(path: Path, count: int = _LOG_LINES) -> str:
+    """The last `count` lines of a text file, "" if there is none."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - 16_384))
+            text = file.read().decode("utf-8", "replace")
+    except OSError:
+        return ""
+    # A progress bar overwrites its line; only what it showed last counts.
+    return "\n".join([line.rpartition("\r")[2] for line in text.rstrip().split("\n")][-count:])
+
+
+def _oom_kills() -> int:
+    """How often the kernel has killed a process for want of memory, in our cgroup or (without one) at all."""
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        group = Path("/proc/self/cgroup").read_text().split("0::", 1)[1].split("\n")[0].lstrip("/")
+        return _counter(Path("/sys/fs/cgroup") / group / "memory.events")
+    with contextlib.suppress(OSError, ValueError):
+        return _counter(Path("/proc/vmstat"))
+    return 0
+
+
+def _counter(path: Path) -> int:
+    for line in path.read_text().splitlines():
+        name, _, value = line.partition(" ")
+        if name == "oom_kill":
+            return int(value)
+    raise ValueError(f"{path} does not count oom_kill")
+
+
+# Status -----------------------------------------------------------------------------------------------------------------
+
+
+def status(directory: Union[str, Path]) -> dict[str, Any]:
+    """What is known of a run directory's process.
+
+    Returns attempt (0 if there was never one), alive, pid, at, and exit: None, or how that attempt ended. `exit` has
+    `lost` where neither process is there any more and none could write how it ended, and `rebooted` if that is because
+    the machine was started anew.
+    """
+    directory = Path(directory)
+    process = _read(directory / "process.json")
+    if process is None:
+        return {"attempt": 0, "alive": False, "pid": None, "at": None, "exit": _read(directory / "exit.json")}
+    same_boot = process["boot_id"] == boot_id()
+    trainer, supervisor = process["trainer"], process["supervisor"]
+    alive = same_boot and (is_alive(trainer) or is_alive(supervisor))
+    # Read after looking who lives: the other way round, a process that ends in between would seem lost.
+    ended = _read(directory / "exit.json")
+    if ended and ended["attempt"] != process["attempt"]:
+        ended = None
+    if ended is None and not alive:
+        ended = {"attempt": process["attempt"], "code": None, "signal": None, "out_of_memory": False, "lost": True}
+        ended.update(rebooted=not same_boot, at=time.time(), log=last_lines(directory / "log.txt"))
+    return {
+        "attempt": process["attempt"],
+        "alive": alive and ended is None,
+        "pid": trainer and trainer["pid"],
+        "at": process["at"],
+        "exit": ended,
+    }
+
+
+def _read(path: Path) -> Optional[dict[str, Any]]:
+    try:
+        return json.loads(path.read_text())  # type: ignore[no-any-return]
+    except (OSError, ValueError):
+        return None
+
+
+def _write(path: Path, value: Mapping[str, Any]) -> None:
+    """Whole or not at all, also through a loss of power."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w") as file:
+        json.dump(value, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+# Stop -------------------------------------------------------------------------------------------------------------------
+
+
+def stop(directory: Union[str, Path], grace: float = GRACE, *, wait: bool = False) -> bool:
+    """Ask the trainer to write a checkpoint and leave; `grace` seconds after the first request it is killed.
+
+    The request is a file that the supervisor acts on, so it is carried out whether or not the caller lives on. Where
+    the supervisor is dead, each call does what is due. A shorter grace than the one asked for before takes its place.
+    Returns whether the process is gone; `wait` waits for that.
+    """
+    directory = Path(directory)
+    if not status(directory)["alive"]:
+        return True
+    asked = _read(directory / "stop")
+    if asked is None or asked.get("grace", GRACE) > grace:
+        _write(directory / "stop", {"at": asked["at"] if asked else time.time(), "grace": grace})
+    while True:
+        process = _read(directory / "process.json")
+        if process and (grace <= 0 or not is_alive(process["supervisor"])):
+            _act_on_stop(directory, process["trainer"])
+        gone = not status(directory)["alive"]
+        if gone or not wait:
+            return gone
+        time.sleep(0.1)
+
+
+def _act_on_stop(directory: Path, trainer: Optional[Mapping[str, Any]]) -> None:
+    path = directory / "stop"
+    if trainer is None or not path.exists() or not is_alive(trainer):
+        return
+    asked = _read(path) or {"at": path.stat().st_mtime, "grace": GRACE}
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        if time.time() >= asked["at"] + asked["grace"]:
+            os.killpg(trainer["pid"], signal.SIGKILL)
+        elif not asked.get("signalled"):
+            os.killpg(trainer["pid"], signal.SIGTERM)
+            _write(path, {**asked, "signalled": True})
+
+
+# Tail -------------------------------------------------------------------------------------------------------------------
+
+
+class Frame(NamedTuple):
+    """A piece of the event stream: "D" lines from `offset`, "H" still alive, "E" ended and everything was read."""
+
+    kind: str
+    offset: int
+    data: bytes = b""
+
+    def encode(self) -> bytes:
+        if self.kind == "D":
+            return b"D %d %d\n%s" % (self.offset, len(self.data), self.data)
+        return b"%s %d\n" % (self.kind.encode(), self.offset)
+
+
+def tail(
+    directory: Union[str, Path], offset: int = 0, *, poll: float = 0.25, heartbeat: float = 5.0
+) -> Iterator[Frame]:
+    """Frames of events.jsonl from byte `offset`, complete lines only, until the process has ended."""
+    path = Path(directory) / "events.jsonl"
+    last = time.monotonic()
+    while True:
+        # Alive before reading: the other way round, what it writes last would be lost.
+        alive = status(directory)["alive"]
+        data = _lines(path, offset)
+        if data:
+            yield Frame("D", offset, data)
+            offset += len(data)
+            last = time.monotonic()
+        elif not alive:
+            yield Frame("E", offset)
+            return
+        else:
+            if time.monotonic() - last >= heartbeat:
+                yield Frame("H", offset)
+                last = time.monotonic()
+            time.sleep(poll)
+
+
+def _lines(path: Path, offset: int) -> bytes:
+    """Complete lines from `offset`, about CHUNK bytes of them, at least one line if there is one."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            data = b""
+            while b"\n" not in data:
+                more = file.read(CHUNK)
+                if not more:
+                    return b""
+                data += more
+    except FileNotFoundError:
+        return b""
+    return data[: data.rindex(b"\n") + 1]
+
+
+# Command line -----------------------------------------------------------------------------------------------------------
+
+
+def main(arguments: Optional[list[str]] = None) -> int:
+    parser = argparse.ArgumentParser(prog="trainer agent", description=(__doc__ or "").split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("start", "status", "stop", "tail", "supervise"):
+        command = commands.add_parser(name)
+        command.add_argument("directory", type=Path)
+        if name in ("start", "supervise"):
+            command.add_argument("--attempt", type=int, default=1)
+        if name == "start":
+            command.add_argument("--threads", type=int)
+        if name == "supervise":
+            command.add_argument("--lock", type=int, required=True)
+            command.add_argument("--ready", type=int, required=True)
+        if name == "stop":
+            command.add_argument("--grace", type=float, default=GRACE)
+        if name == "tail":
+            command.add_argument("offset", type=int, nargs="?", default=0)
+    given = parser.parse_args(arguments)
+    if given.command == "supervise":
+        _supervise(given.directory, given.attempt, given.lock, given.ready)
+        return 0
+    print(SENTINEL, flush=True)
+    if given.command == "start":
+        outcome = start(given.directory, given.attempt, threads=given.threads)
+        print(json.dumps({"outcome": outcome, **status(given.directory)}))
+    elif given.command == "status":
+        print(json.dumps(status(given.directory)))
+    elif given.command == "stop":
+        print(json.dumps({"gone": stop(given.directory, given.grace, wait=True)}))
+    else:
+        for frame in tail(given.directory, given.offset):
+            sys.stdout.buffer.write(frame.encode())
+            sys.stdout.buffer.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
