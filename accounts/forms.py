@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from django import forms
 
@@ -14,5 +14,25 @@ class NameForm(forms.ModelForm):  # type: ignore[type-arg]
         model = User
         fields: ClassVar[list[str]] = ["name"]
         labels: ClassVar[dict[str, str]] = {"name": "Name"}
-        help_texts: ClassVar[dict[str, str]] = {"name": "Shown in the header. Leave it empty to show the e-mail address."}
+        help_texts: ClassVar[dict[str, str]] = {"name": "Shown in the header; the e-mail address where there is none."}
         widgets: ClassVar[dict[str, forms.Widget]] = {"name": forms.TextInput(attrs={"autocomplete": "name"})}
+
+
+class DeleteForm(forms.Form):
+    """The password once more; whoever has none (a guest) is not asked for one."""
+
+    password = forms.CharField(
+        widget=forms.PasswordInput(attrs={"autocomplete": "current-password"}), strip=False, label="Password"
+    )
+
+    def __init__(self, *args: Any, user: User, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.user = user
+        if not user.has_usable_password():
+            del self.fields["password"]
+
+    def clean_password(self) -> str:
+        password: str = self.cleaned_data["password"]
+        if not self.user.check_password(password):
+            raise forms.ValidationError("This is not the password of this account.")
+        return password

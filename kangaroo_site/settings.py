@@ -6,8 +6,10 @@ directories, data cache, secret key. `.env.example` lists what can be set.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
+import tempfile
 from pathlib import Path
 
 from csp.constants import NONE, SELF
@@ -92,6 +94,7 @@ MIDDLEWARE = [
     "django.middleware.clickjacking.XFrameOptionsMiddleware",
     "django_htmx.middleware.HtmxMiddleware",
     "allauth.account.middleware.AccountMiddleware",
+    "accounts.middleware.LastActiveMiddleware",
 ]
 ROOT_URLCONF = "kangaroo_site.urls"
 WSGI_APPLICATION = "kangaroo_site.wsgi.application"
@@ -130,12 +133,23 @@ else:
     DATABASES["default"]["CONN_HEALTH_CHECKS"] = True
 CACHES = {
     # Shared by all processes, so that sign-in rate limits hold for all of them together.
-    "default": {"BACKEND": "django.core.cache.backends.db.DatabaseCache", "LOCATION": "cache"}
+    "default": {
+        "BACKEND": "django.core.cache.backends.db.DatabaseCache",
+        "LOCATION": "cache",
+        "OPTIONS": {"MAX_ENTRIES": 50_000},  # the default of 300 would forget limits as soon as there are many people
+    }
 }
 
 # Queue: an embedded broker on a socket in var/ unless REDIS_URL names another -----------------------------------------
 REDIS_URL = env.str("REDIS_URL", "")
-BROKER_SOCKET = VAR / "broker" / "broker.sock"
+BROKER_DIR = VAR / "broker"
+BROKER_SOCKET = BROKER_DIR / "broker.sock"
+if len(os.fsencode(BROKER_SOCKET)) > 103:  # longer paths are refused by the system (104 bytes on macOS, 108 on Linux)
+    BROKER_SOCKET = (
+        Path(env.str("XDG_RUNTIME_DIR", "") or tempfile.gettempdir())
+        / f"kangaroo-{os.getuid()}-{hashlib.sha256(os.fsencode(VAR)).hexdigest()[:12]}"
+        / "broker.sock"
+    )
 RQ_QUEUES = {
     "default": {"URL": REDIS_URL or f"unix://{BROKER_SOCKET}", "DB": 0, "DEFAULT_TIMEOUT": -1},
 }
@@ -156,6 +170,17 @@ ACCOUNT_LOGIN_METHODS = {"email"}
 ACCOUNT_SIGNUP_FIELDS = ["email*", "password1*", "password2*"]
 #: "none", "optional" or "mandatory"
 ACCOUNT_EMAIL_VERIFICATION = env.str("EMAIL_VERIFICATION", "optional")
+ACCOUNT_ADAPTER = "accounts.adapter.Adapter"
+ACCOUNT_CHANGE_EMAIL = True  # one address a person; the old one holds until the new one is confirmed
+ACCOUNT_REAUTHENTICATION_REQUIRED = True  # an open session alone may not take the account over
+ACCOUNT_SESSION_REMEMBER = True
+ACCOUNT_EMAIL_NOTIFICATIONS = True
+ACCOUNT_EMAIL_SUBJECT_PREFIX = "Kangaroo: "
+ACCOUNT_DEFAULT_HTTP_PROTOCOL = "https" if HTTPS else "http"
+ACCOUNT_LOGOUT_REDIRECT_URL = "home"
+ACCOUNT_RATE_LIMITS = {"guest": env.str("GUEST_RATE_LIMIT", "20/h/ip")}  # allauth's own limits stand beside it
+#: How many proxies stand in front; limits by address are counted for the address that the last of them saw.
+ALLAUTH_TRUSTED_PROXY_COUNT = env.int("TRUSTED_PROXY_COUNT", 0)
 ACCOUNT_AUTHENTICATED_LOGIN_REDIRECTS = False  # a guest is signed in, and must be able to sign up
 LOGIN_REDIRECT_URL = "profile"
 LOGIN_URL = "account_login"

@@ -1,0 +1,32 @@
+"""Where allauth's sign-up and sign-in meet our guests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from allauth.account.adapter import DefaultAccountAdapter
+from django.http import HttpRequest
+
+from accounts.guests import claim
+from accounts.models import User
+
+
+class Adapter(DefaultAccountAdapter):  # type: ignore[misc]
+    def new_user(self, request: HttpRequest) -> User:
+        """The guest who signs up becomes the account: same row, same work."""
+        user = request.user
+        if user.is_authenticated and user.is_guest:
+            # A fresh copy: a form that turns out invalid must not change who is signed in.
+            return User.objects.get(pk=user.pk)
+        return User()
+
+    def save_user(self, request: HttpRequest, user: User, form: Any, commit: bool = True) -> User:
+        user.is_guest = False
+        return super().save_user(request, user, form, commit)  # type: ignore[no-any-return]
+
+    def login(self, request: HttpRequest, user: User) -> None:
+        """Only here, when nothing can refuse the sign-in any more, does a guest's work change hands."""
+        guest = request.user
+        super().login(request, user)
+        if guest.is_authenticated and guest.is_guest and guest.pk != user.pk:
+            claim(guest, user)

@@ -1,0 +1,17 @@
+"""Remove guests who have been idle for longer than GUEST_IDLE_DAYS, with their work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.conf import settings
+from django.core.management.base import BaseCommand
+
+from accounts.guests import purge
+
+
+class Command(BaseCommand):
+    help = __doc__ or ""
+
+    def handle(self, *args: Any, **options: Any) -> None:
+        self.stdout.write(f"{purge()} guests removed who were idle for more than {settings.GUEST_IDLE_DAYS} days")
