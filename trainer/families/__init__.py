@@ -1,14 +1,71 @@
-"""The architectures that can be grown."""
+"""Families: the Hugging Face architectures that can be grown. Imports neither torch nor transformers.
+
+`get_family(name)` gives the axes of every parameter and the way between a shape and a config.json; `build_model` turns
+such a config into a model. A new family is one module and one line in FAMILIES: docs/families.md.
+"""
 
 from __future__ import annotations
 
-from trainer.spec import Shape
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
+from trainer.families.base import Axes, Described, Family, FamilyError, Parameter, axis_sizes
+from trainer.families.gpt2 import Gpt2
+from trainer.families.llama import Llama
 
-class Family:
-    def problems(self, shape: Shape) -> list[tuple[str, str]]:
-        return []
+__all__ = [
+    "FAMILIES",
+    "Axes",
+    "Described",
+    "Family",
+    "FamilyError",
+    "Parameter",
+    "axis_sizes",
+    "build_model",
+    "family_of",
+    "get_family",
+    "read_config",
+]
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (Gpt2(), Llama())}
 
 
 def get_family(name: str) -> Family:
-    return Family()
+    """The family of that name. Raises :class:`FamilyError`."""
+    try:
+        return FAMILIES[name]
+    except KeyError:
+        raise FamilyError(f"family {name!r}: must be one of {', '.join(FAMILIES)}") from None
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The family of a config.json's content. Raises :class:`FamilyError`, also for weights that are quantised."""
+    model_type = config.get("model_type")
+    if model_type not in FAMILIES:
+        raise FamilyError(f"config.json: model_type {model_type!r}: can be grown are {', '.join(FAMILIES)}")
+    if config.get("quantization_config"):
+        raise FamilyError("config.json: quantization_config: quantised weights cannot be grown; use the original ones")
+    return FAMILIES[model_type]
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a Hugging Face folder. Raises :class:`FamilyError`."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_bytes())
+    except OSError as error:
+        raise FamilyError(f"{path}: cannot be read ({error.strerror}); a Hugging Face folder has one") from None
+    except ValueError:
+        raise FamilyError(f"{path}: is not JSON") from None
+    if not isinstance(config, dict):
+        raise FamilyError(f"{path}: must hold an object")
+    return config
+
+
+def build_model(config: Mapping[str, Any]) -> Any:
+    """A transformers model with fresh weights, for a config.json's content. Imports torch and transformers."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))

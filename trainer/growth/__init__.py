@@ -1,17 +1,37 @@
-"""Growth operators as plans over named axes."""
+"""Growth as plans over named axes. Imports neither torch nor transformers.
+
+check(...)      may this child be grown from this parent?        maps.py       one axis: E, R
+plan(...)       what will that do, and what does it preserve?    width.py      a map for every axis
+resolve_shape   a whole shape from the parts that change         depth.py      a source for every block
+OPERATORS       the rules, described for a person                exactness.py  what the maps preserve
+                                                                 apply.py      a plan into weights (numpy)
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Literal
 
-from trainer.spec import GrowInit, Shape
+from trainer.growth.depth import DEPTH_RULES, Block
+from trainer.growth.errors import GrowthError
+from trainer.growth.maps import AxisMap
+from trainer.growth.plan import GrowthPlan, check, plan
+from trainer.growth.resolve import resolve_shape
+from trainer.growth.width import WIDTH_RULES, Operator
 
+__all__ = [
+    "OPERATORS",
+    "AxisMap",
+    "Block",
+    "GrowthError",
+    "GrowthPlan",
+    "Operator",
+    "check",
+    "plan",
+    "resolve_shape",
+]
 
-class GrowthError(ValueError):
-    def __init__(self, field: str, message: str, value: Any = None):
-        self.field, self.message, self.value = field, message, value
-        super().__init__(message)
-
-
-def check(family: str, parent: Shape, child: Shape, init: GrowInit) -> None:
-    """Raise GrowthError if the child cannot be grown so from the parent."""
+#: The rules for each half of a growth operator, the default first.
+OPERATORS: dict[Literal["width", "depth"], tuple[Operator, ...]] = {
+    "width": tuple(rule.about for rule in WIDTH_RULES.values()),
+    "depth": tuple(rule.about for rule in DEPTH_RULES.values()),
+}

@@ -1,0 +1,195 @@
+"""What a family is: the axes of every parameter of a Hugging Face architecture, and its config as a shape.
+
+A family says nothing about growth and nothing about torch. It says, for each stored tensor, which named axes run along
+it; growth rules are written on the axes alone and so work for every family. How to add one: docs/families.md.
+
+    axis      one index is                          size
+    embed     a channel of the residual stream      d_model
+    q_head    a query head                          n_heads       head h reads key/value head h // (n_heads / n_kv_heads)
+    kv_head   a key/value head (a group of q_heads) n_kv_heads
+    q_dim     a channel of one head's query         d_head        three axes of one size: queries and keys meet in a dot
+    k_dim     a channel of one head's key           d_head        product (with RoPE and a scale), values do not, so
+    v_dim     a channel of one head's value         d_head        each grows by its own map
+    mlp       a hidden unit of the MLP              d_mlp
+    vocab     a token                               d_vocab
+    position  a learned position                    n_positions
+    layer     a block                               n_layers      not an axis of a tensor: `Parameter.layer`
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any, ClassVar, Literal, NamedTuple
+
+from trainer.spec import Shape
+
+#: Several axes of one dimension, outermost first: a query projection writes ("q_head", "q_dim").
+Axes = tuple[str, ...]
+
+Kind = Literal["matrix", "bias", "norm_gain", "norm_bias"]
+
+
+class FamilyError(ValueError):
+    """A config that no family here can carry; the message names the field, the value and what would be right."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One stored tensor.
+
+    A matrix is `out x in`. `out` is a tuple of segments that lie side by side: one, or several where an architecture
+    fuses matrices (GPT-2's c_attn is queries, keys, values), so that a fused tensor is a view over logical axes.
+    `into` is empty for a vector. An embedding table is the matrix from a one-hot token (`vocab`) to `embed`.
+    """
+
+    name: str
+    kind: Kind
+    shape: tuple[int, ...]  # as stored
+    out: tuple[Axes, ...]
+    into: Axes = ()
+    in_first: bool = False  # stored (in, out): embedding tables and GPT-2's Conv1D
+    layer: int | None = None
+    writes_residual: bool = False  # with all of these zero, a block adds nothing to the residual stream
+    final_norm: bool = False
+    looked_up: bool = False  # a table whose rows are picked, not multiplied: costs no FLOPs
+    reads_vocab: bool = False  # a tied table: also the output head
+
+    @property
+    def size(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def is_embedding(self) -> bool:
+        """Counted out of `non-embedding parameters`: token and position tables, and an output head of its own."""
+        axes = {*self.into, *(axis for segment in self.out for axis in segment)}
+        return not axes.isdisjoint({"vocab", "position"})
+
+    @property
+    def fresh(self) -> Literal["normal", "zeros", "ones"]:
+        """What it holds in a new model: N(0, init_range) for matrices, zero for biases, one for norm gains."""
+        return _FRESH[self.kind]
+
+
+_FRESH: dict[Kind, Literal["normal", "zeros", "ones"]] = {
+    "matrix": "normal",
+    "bias": "zeros",
+    "norm_gain": "ones",
+    "norm_bias": "zeros",
+}
+
+
+class Described(NamedTuple):
+    """What a config says: the shape, and the three sizes that growth leaves alone."""
+
+    shape: Shape
+    n_positions: int
+    d_vocab: int
+    tied: bool
+
+
+def axis_sizes(shape: Shape, n_positions: int, d_vocab: int) -> dict[str, int]:
+    """The size of every axis of a model of this shape."""
+    return {
+        "embed": shape.d_model,
+        "q_head": shape.n_heads,
+        "kv_head": shape.kv_heads,
+        "q_dim": shape.d_head,
+        "k_dim": shape.d_head,
+        "v_dim": shape.d_head,
+        "mlp": shape.d_mlp,
+        "vocab": d_vocab,
+        "position": n_positions,
+    }
+
+
+class Family(ABC):
+    """One Hugging Face architecture. Subclasses fill in names, axes and config fields; see docs/families.md."""
+
+    name: ClassVar[str]  # `model_type` in config.json
+    title: ClassVar[str]
+    prefix: ClassVar[str]  # of the base model inside the causal LM; checkpoints of the base model lack it
+    rotary: ClassVar[bool]  # queries and keys are rotated in pairs (i, i + d_head / 2)
+    mean_centred: ClassVar[bool]  # LayerNorm, which also takes the mean away; not RMSNorm
+    square: ClassVar[bool]  # insists on d_model = n_heads x d_head
+    gated_mlp: ClassVar[bool]
+    #: Tensors that old checkpoints carry and no model needs (masks, rotary tables): a regular expression.
+    not_weights: ClassVar[str]
+
+    @abstractmethod
+    def problems(self, shape: Shape) -> list[tuple[str, str]]:
+        """What keeps this architecture from having `shape`: (field of the shape, what would be right)."""
+
+    @abstractmethod
+    def parameters(self, shape: Shape, n_positions: int, d_vocab: int, tied: bool) -> tuple[Parameter, ...]:
+        """Every stored tensor, in the model's own order. A tied output head is not stored, so not listed."""
+
+    @abstractmethod
+    def config(
+        self,
+        shape: Shape,
+        n_positions: int,
+        d_vocab: int,
+        tied: bool,
+        *,
+        init_range: float = 0.02,
+        bos_token_id: int | None = None,
+        eos_token_id: int | None = None,
+        pad_token_id: int | None = None,
+    ) -> dict[str, Any]:
+        """The content of config.json for a new model."""
+
+    @abstractmethod
+    def shape_of(self, config: Mapping[str, Any]) -> Described:
+        """What a config.json says. Raises :class:`FamilyError` where it asks for something that growth cannot carry."""
+
+    @abstractmethod
+    def resized(self, config: Mapping[str, Any], shape: Shape) -> dict[str, Any]:
+        """`config` with the shape's fields replaced and everything else (activation, RoPE, token ids) kept."""
+
+
+class Layout:
+    """Builds a family's parameter list: sizes come from the axes, so no shape is written twice."""
+
+    def __init__(self, sizes: Mapping[str, int]):
+        self.sizes = sizes
+        self.parameters: list[Parameter] = []
+
+    def matrix(
+        self, name: str, out: Axes | tuple[Axes, ...], into: Axes, *, in_first: bool = False, **tags: Any
+    ) -> None:
+        segments = _segments(out)
+        rows, columns = sum(map(self._size, segments)), self._size(into)
+        shape = (columns, rows) if in_first else (rows, columns)
+        self.parameters.append(Parameter(name, "matrix", shape, segments, into, in_first, **tags))
+
+    def vector(self, name: str, kind: Kind, out: Axes | tuple[Axes, ...], **tags: Any) -> None:
+        segments = _segments(out)
+        self.parameters.append(Parameter(name, kind, (sum(map(self._size, segments)),), segments, **tags))
+
+    def _size(self, axes: Axes) -> int:
+        return prod(self.sizes[axis] for axis in axes)
+
+
+def _segments(out: Axes | tuple[Axes, ...]) -> tuple[Axes, ...]:
+    return (out,) if isinstance(out[0], str) else out  # type: ignore[return-value]
+
+
+def require(config: Mapping[str, Any], field: str, allowed: tuple[Any, ...], why: str) -> None:
+    """Refuse a config field that growth would silently get wrong."""
+    value = config.get(field, allowed[0])
+    if value not in allowed:
+        right = " or ".join(repr(a) for a in allowed)
+        raise FamilyError(f"config.json: {field} {value!r}: {why}; {right} would be right")
+
+
+def whole(config: Mapping[str, Any], field: str, default: int | None = None) -> int:
+    """A positive whole number from a config. Raises :class:`FamilyError`."""
+    value = config.get(field)
+    if value is None:
+        value = default
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise FamilyError(f"config.json: {field} {value!r}: must be a whole number, at least 1")
+    return value

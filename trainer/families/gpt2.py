@@ -1,0 +1,145 @@
+"""GPT-2: learned positions, LayerNorm before each sub-layer, a two-matrix MLP, biases everywhere.
+
+Matrices are Conv1D, stored (in, out); queries, keys and values are fused in c_attn. Per block (D = d_model = H d,
+F = d_mlp):
+
+    c_attn (D x 3 D: q | k | v, each (H, d))  -> attention  -> attn.c_proj (H d x D)  += residual (T, D)
+    mlp.c_fc (D x F)                          -> gelu       -> mlp.c_proj (F x D)     += residual (T, D)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from trainer.families.base import Described, Family, FamilyError, Layout, Parameter, axis_sizes, require, whole
+from trainer.spec import Shape
+
+
+class Gpt2(Family):
+    name = "gpt2"
+    title = "GPT-2"
+    prefix = "transformer."
+    rotary = False
+    mean_centred = True
+    square = True
+    gated_mlp = False
+    not_weights = r"\.attn\.(bias|masked_bias)$"
+
+    def problems(self, shape: Shape) -> list[tuple[str, str]]:
+        found = []
+        if shape.n_kv_heads is not None and shape.n_kv_heads != shape.n_heads:
+            found.append(
+                (
+                    "n_kv_heads",
+                    f"GPT-2 has one key/value head for each query head; leave it out",
+                )
+            )
+        if shape.d_model != shape.n_heads * shape.d_head:
+            right = []
+            if shape.d_model % shape.n_heads == 0:
+                right.append(f"d_head {shape.d_model // shape.n_heads}")
+            if shape.d_model % shape.d_head == 0:
+                right.append(f"n_heads {shape.d_model // shape.d_head}")
+            right.append(f"d_model {shape.n_heads * shape.d_head}")
+            found.append(
+                (
+                    "d_head",
+                    f"GPT-2 needs d_model ({shape.d_model}) = n_heads ({shape.n_heads}) x d_head: "
+                    + " or ".join(right),
+                )
+            )
+        return found
+
+    def parameters(self, shape: Shape, n_positions: int, d_vocab: int, tied: bool) -> tuple[Parameter, ...]:
+        add = Layout(axis_sizes(shape, n_positions, d_vocab))
+        embed = ("embed",)
+        qkv = (("q_head", "q_dim"), ("kv_head", "k_dim"), ("kv_head", "v_dim"))
+        add.matrix("transformer.wte.weight", embed, ("vocab",), in_first=True, looked_up=not tied, reads_vocab=tied)
+        add.matrix("transformer.wpe.weight", embed, ("position",), in_first=True, looked_up=True)
+        for i in range(shape.n_layers):
+            block = f"transformer.h.{i}"
+            add.vector(f"{block}.ln_1.weight", "norm_gain", embed, layer=i)
+            add.vector(f"{block}.ln_1.bias", "norm_bias", embed, layer=i)
+            add.matrix(f"{block}.attn.c_attn.weight", qkv, embed, in_first=True, layer=i)
+            add.vector(f"{block}.attn.c_attn.bias", "bias", qkv, layer=i)
+            add.matrix(
+                f"{block}.attn.c_proj.weight", embed, ("q_head", "v_dim"), in_first=True, layer=i, writes_residual=True
+            )
+            add.vector(f"{block}.attn.c_proj.bias", "bias", embed, layer=i, writes_residual=True)
+            add.vector(f"{block}.ln_2.weight", "norm_gain", embed, layer=i)
+            add.vector(f"{block}.ln_2.bias", "norm_bias", embed, layer=i)
+            add.matrix(f"{block}.mlp.c_fc.weight", ("mlp",), embed, in_first=True, layer=i)
+            add.vector(f"{block}.mlp.c_fc.bias", "bias", ("mlp",), layer=i)
+            add.matrix(f"{block}.mlp.c_proj.weight", embed, ("mlp",), in_first=True, layer=i, writes_residual=True)
+            add.vector(f"{block}.mlp.c_proj.bias", "bias", embed, layer=i, writes_residual=True)
+        add.vector("transformer.ln_f.weight", "norm_gain", embed, final_norm=True)
+        add.vector("transformer.ln_f.bias", "norm_bias", embed, final_norm=True)
+        if not tied:
+            add.matrix("lm_head.weight", ("vocab",), embed)
+        return tuple(add.parameters)
+
+    def config(
+        self,
+        shape: Shape,
+        n_positions: int,
+        d_vocab: int,
+        tied: bool,
+        *,
+        init_range: float = 0.02,
+        bos_token_id: int | None = None,
+        eos_token_id: int | None = None,
+        pad_token_id: int | None = None,
+    ) -> dict[str, Any]:
+        fixed = {
+            "architectures": ["GPT2LMHeadModel"],
+            "model_type": "gpt2",
+            "vocab_size": d_vocab,
+            "n_positions": n_positions,
+            "tie_word_embeddings": tied,
+            "initializer_range": init_range,
+            # One fused operation; "gelu_new" is the same function as a chain of them. An imported checkpoint keeps its own.
+            "activation_function": "gelu_pytorch_tanh",
+            "attn_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "resid_pdrop": 0.0,
+            "bos_token_id": bos_token_id,
+            "eos_token_id": eos_token_id,
+            "pad_token_id": pad_token_id,
+            "use_cache": True,
+            "dtype": "float32",
+        }
+        return self.resized(fixed, shape)
+
+    def shape_of(self, config: Mapping[str, Any]) -> Described:
+        per_layer = "the scale of attention would change with a block's place, which growth moves"
+        require(config, "scale_attn_by_inverse_layer_idx", (False,), per_layer)
+        require(config, "scale_attn_weights", (True,), "attention without its scale is not carried by growth")
+        require(config, "add_cross_attention", (False,), "cross-attention is not carried by growth")
+        d_model, n_heads = whole(config, "n_embd", 768), whole(config, "n_head", 12)
+        shape = Shape(
+            d_model=d_model,
+            n_heads=n_heads,
+            d_head=d_model // n_heads,
+            d_mlp=whole(config, "n_inner", 4 * d_model),
+            n_layers=whole(config, "n_layer", 12),
+            layer_norm_eps=config.get("layer_norm_epsilon", 1e-5),
+        )
+        for field, message in self.problems(shape):
+            raise FamilyError(f"config.json: {field} {getattr(shape, field)}: {message}")
+        return Described(
+            shape,
+            whole(config, "n_positions", 1024),
+            whole(config, "vocab_size", 50257),
+            bool(config.get("tie_word_embeddings", True)),
+        )
+
+    def resized(self, config: Mapping[str, Any], shape: Shape) -> dict[str, Any]:
+        return {
+            **config,
+            "n_embd": shape.d_model,
+            "n_head": shape.n_heads,
+            "n_inner": shape.d_mlp,
+            "n_layer": shape.n_layers,
+            "layer_norm_epsilon": shape.layer_norm_eps,
+        }

@@ -1,0 +1,128 @@
+"""When does the grown model compute what its parent computes? Answered from the maps, not from a rule's name.
+
+Let the child's activation be x' = E x on every axis. By induction along the graph this holds, and the logits are equal,
+if each of these does; `broken` names those that do not:
+
+    every axis     R E = I, and nothing that is read holds random entries
+    embed          one E for the whole residual stream, E^T E = (D' / D) I for RMSNorm (so that gain and eps stay);
+                   for LayerNorm also sum_j E_ij the same for all i (so that the mean stays)
+    mlp            E has unit coefficients: the nonlinearity acts on each unit
+    heads          a query head's copy reads a copy of the same key/value head; copies are exact
+    q_dim, k_dim   E_q^T E_k = sqrt(d' / d) I, since the softmax divides by sqrt(d); with RoPE each pair of channels
+                   keeps its frequency: pair i goes to pair i d' / d
+    layers         the old blocks once each and in order, all others silent
+    eps            unchanged
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import isclose, sqrt
+
+from trainer.families import Family
+from trainer.growth.depth import Block
+from trainer.growth.maps import NEW, AxisMap
+from trainer.growth.width import FIELD_AXES, size_of
+from trainer.spec import Shape
+
+
+def broken(
+    family: Family, parent: Shape, child: Shape, maps: Mapping[str, AxisMap], blocks: Sequence[Block]
+) -> list[str]:
+    """Clauses that say what keeps the child from computing what the parent does; empty if nothing does."""
+    found = [*_random_axes(parent, child, maps)]
+    if not found:  # with random entries the finer conditions add nothing a reader needs
+        found += _residual_stream(family, maps["embed"])
+        found += _units(maps["mlp"])
+        found += _heads(maps["q_head"], maps["kv_head"])
+        found += _head_channels(family, maps)
+        found += [
+            f"copies on axis {axis} do not add up to what they copy"
+            for axis, axis_map in maps.items()
+            if not axis_map.reads_what_it_wrote
+        ]
+    found += _layers(parent.n_layers, blocks)
+    if parent.layer_norm_eps != child.layer_norm_eps:
+        found.append(f"layer_norm_eps {parent.layer_norm_eps:g} to {child.layer_norm_eps:g} changes every norm")
+    return found
+
+
+def _random_axes(parent: Shape, child: Shape, maps: Mapping[str, AxisMap]) -> list[str]:
+    def is_read(axis: str) -> bool:
+        # Random query channels that only ever meet zero keys are never seen.
+        return not (axis == "q_dim" and maps["k_dim"].fill == "zero" and _same_new(maps["q_dim"], maps["k_dim"]))
+
+    fields = [
+        f"{field} ({size_of(parent, field)} to {size_of(child, field)})"
+        for field, axes in FIELD_AXES.items()
+        if any(maps[a].has_new and maps[a].fill == "random" and is_read(a) for a in axes)
+    ]
+    return [f"the new part of {joined(fields)} is random and is read at once"] if fields else []
+
+
+def _same_new(a: AxisMap, b: AxisMap) -> bool:
+    return [s == NEW for s in a.source_index] == [s == NEW for s in b.source_index]
+
+
+def _residual_stream(family: Family, embed: AxisMap) -> list[str]:
+    if embed.is_identity:
+        return []
+    square, plain = [0.0] * embed.small, [0.0] * embed.small
+    for source, write in zip(embed.source_index, embed.write, strict=True):
+        if source != NEW:
+            square[source] += write * write
+            plain[source] += write
+    if not all(isclose(s, embed.large / embed.small) for s in square):
+        return ["the norms' mean square changes, since channels of d_model are not copied equally often"]
+    if family.mean_centred and not all(isclose(p, plain[0]) for p in plain):
+        return ["the norms' mean changes, since channels of d_model are not copied equally often"]
+    return []
+
+
+def _units(mlp: AxisMap) -> list[str]:
+    unit = all(w == 1 for s, w in zip(mlp.source_index, mlp.write, strict=True) if s != NEW)
+    return [] if unit else ["units of the MLP are scaled before their nonlinearity"]
+
+
+def _heads(q_head: AxisMap, kv_head: AxisMap) -> list[str]:
+    members, new_members = q_head.small // kv_head.small, q_head.large // kv_head.large
+    for new, source in enumerate(q_head.source_index):
+        if source != NEW and kv_head.source_index[new // new_members] != source // members:
+            return ["a copied query head reads another key/value head than the one it was trained with"]
+    return []
+
+
+def _head_channels(family: Family, maps: Mapping[str, AxisMap]) -> list[str]:
+    q, k = maps["q_dim"], maps["k_dim"]
+    if q.is_identity and k.is_identity:
+        return []
+    met = [0.0] * q.small
+    for q_source, k_source, q_write, k_write in zip(q.source_index, k.source_index, q.write, k.write, strict=True):
+        if NEW in (q_source, k_source):
+            continue
+        if q_source != k_source:
+            return ["channels of queries and keys no longer meet"]
+        met[q_source] += q_write * k_write
+    if not all(isclose(m, sqrt(q.large / q.small)) for m in met):
+        return ["attention is scaled by another 1 / sqrt(d_head)"]
+    if family.rotary:
+        half, new_half = q.small // 2, q.large // 2
+        place = {source: new for new, source in enumerate(q.source_index) if source != NEW}
+        if any(place[i] * half != i * new_half or place[i + half] != place[i] + new_half for i in range(half)):
+            return ["channels of a head are rotated by RoPE at other frequencies than they were trained with"]
+    return []
+
+
+def _layers(depth: int, blocks: Sequence[Block]) -> list[str]:
+    heard = [b.source for b in blocks if not b.silent]
+    if heard == list(range(depth)):
+        return []
+    new = sum(b.source is None for b in blocks)
+    if new:
+        return [f"{new} new random block{'s write' if new > 1 else ' writes'} to the residual stream"]
+    return [f"{len(heard) - depth} block{'s' if len(heard) - depth > 1 else ''} of the parent run a second time"]
+
+
+def joined(items: Sequence[str]) -> str:
+    """a, b and c"""
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}" if items else ""

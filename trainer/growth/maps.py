@@ -1,0 +1,128 @@
+"""How one axis grows: a write map E (large x small) and a read map R (small x large) with R E = I.
+
+Where the parent has an activation x on an axis, the child has E x; what reads it uses R. A logical matrix W (out x in)
+becomes W' = E_out W R_in, and the child computes what the parent does if W' E_in = E_out W for every matrix and the
+norms and the softmax agree (:mod:`trainer.growth.exactness`).
+
+Every map here is a *selection with coefficients*: each large index has one source or none, so E and R are kept as
+three sequences and never as matrices. Torch-free and numpy-free.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Literal
+
+#: In `source_index`: this large index has no source.
+NEW = -1
+
+
+@dataclass(frozen=True)
+class AxisMap:
+    """One axis from `small` to `large` indices.
+
+    source_index  for each large index, the small index that it copies, or NEW
+    write         for each large index j, E[j, source_index[j]]; of no meaning where NEW
+    read          for each large index j, R[source_index[j], j]; likewise
+    fill          what is written to a NEW index: zero, or random entries (and zero biases, unit gains)
+
+    What *reads* a NEW index is always free: nothing arrives there from the parent's function, or, with `random`
+    entries, the rule does not claim to preserve it.
+    """
+
+    small: int
+    large: int
+    source_index: Sequence[int]
+    write: Sequence[float]
+    read: Sequence[float]
+    fill: Literal["zero", "random"] = "zero"
+
+    def __post_init__(self) -> None:
+        assert len(self.source_index) == len(self.write) == len(self.read) == self.large
+
+    @cached_property
+    def multiplicity(self) -> Sequence[int]:
+        """For each small index, how many large ones copy it."""
+        if self.is_identity:
+            return (1,) * self.small
+        counts = Counter(self.source_index)
+        return tuple(counts[i] for i in range(self.small))
+
+    @cached_property
+    def is_identity(self) -> bool:
+        """Nothing changes on this axis."""
+        return self.small == self.large and (
+            isinstance(self.source_index, range)
+            or (all(i == j for i, j in enumerate(self.source_index)) and {*self.write, *self.read} == {1.0})
+        )
+
+    @property
+    def has_new(self) -> bool:
+        return not isinstance(self.source_index, range) and NEW in self.source_index
+
+    @cached_property
+    def reads_what_it_wrote(self) -> bool:
+        """R E = I."""
+        if self.is_identity:
+            return True
+        total = [0.0] * self.small
+        for source, write, read in zip(self.source_index, self.write, self.read, strict=True):
+            if source != NEW:
+                total[source] += write * read
+        return all(abs(t - 1) < 1e-12 for t in total)
+
+
+@lru_cache(maxsize=64)
+def identity(size: int) -> AxisMap:
+    """E = R = I."""
+    ones = (1.0,) * size
+    return AxisMap(size, size, range(size), ones, ones)
+
+
+def copies(small: int, sources: Sequence[int]) -> AxisMap:
+    """Large index j copies `sources[j]`; readers share each value evenly among its copies."""
+    counts = Counter(sources)
+    return AxisMap(small, len(sources), tuple(sources), (1.0,) * len(sources), tuple(1 / counts[s] for s in sources))
+
+
+def tile(small: int, times: int) -> AxisMap:
+    """0 1 2 0 1 2: whole copies one after the other."""
+    return identity(small) if times == 1 else copies(small, tuple(range(small)) * times)
+
+
+def place(
+    small: int, large: int, at: Sequence[int], *, scale: float = 1.0, fill: Literal["zero", "random"] = "zero"
+) -> AxisMap:
+    """Small index i goes to `at[i]`, written times `scale`; every other large index is NEW."""
+    sources = [NEW] * large
+    for i, j in enumerate(at):
+        sources[j] = i
+    return AxisMap(small, large, tuple(sources), (scale,) * large, (1 / scale,) * large, fill)
+
+
+def corner(small: int, large: int, *, fill: Literal["zero", "random"] = "random") -> AxisMap:
+    """0 1 2 - - -: the old indices first, then new ones."""
+    return identity(small) if small == large else place(small, large, range(small), fill=fill)
+
+
+def product(outer: AxisMap, inner: AxisMap) -> AxisMap:
+    """The map of two axes laid out in one dimension, `outer` outermost: E = E_outer (x) E_inner."""
+    if outer.is_identity and inner.is_identity:
+        return identity(outer.small * inner.small)
+    sources, write, read = [], [], []
+    for o, (outer_source, outer_write, outer_read) in enumerate(
+        zip(outer.source_index, outer.write, outer.read, strict=True)
+    ):
+        del o
+        for inner_source, inner_write, inner_read in zip(inner.source_index, inner.write, inner.read, strict=True):
+            new = NEW in (outer_source, inner_source)
+            sources.append(NEW if new else outer_source * inner.small + inner_source)
+            write.append(outer_write * inner_write)
+            read.append(outer_read * inner_read)
+    fill: Literal["zero", "random"] = "random" if "random" in (outer.fill, inner.fill) else "zero"
+    return AxisMap(
+        outer.small * inner.small, outer.large * inner.large, tuple(sources), tuple(write), tuple(read), fill
+    )
