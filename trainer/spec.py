@@ -110,7 +110,9 @@ class CheckpointInit(_Spec):
 class GrowInit(_Spec):
     """Weights grown from `parent`, another model of the experiment, by a width rule and a depth rule.
 
-    What a pair really preserves depends on the shapes; :func:`trainer.growth.plan` computes it.
+    What a pair really preserves depends on the shapes; :func:`trainer.growth.plan` computes it. `init_range` is the
+    spread of entries that are drawn at random; `noise` is what `duplicate` adds where it cannot be seen, against the
+    size of the copied weights, so that copies do not stay alike for ever.
     """
 
     kind: Literal["grow"] = "grow"
@@ -118,6 +120,7 @@ class GrowInit(_Spec):
     width: WidthRule = "duplicate"
     depth: DepthRule = "identity"
     init_range: Annotated[float, Field(gt=0, le=1)] = 0.02
+    noise: Annotated[float, Field(ge=0, le=10)] = 1.0
 
 
 Init = Annotated[RandomInit | CheckpointInit | GrowInit, Field(discriminator="kind")]
