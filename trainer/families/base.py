@@ -5,10 +5,10 @@ it; growth rules are written on the axes alone and so work for every family. How
 
     axis      one index is                          size
     embed     a channel of the residual stream      d_model
-    q_head    a query head                          n_heads       head h reads key/value head h // (n_heads / n_kv_heads)
+    q_head    a query head                          n_heads       h reads kv_head h // (n_heads / n_kv_heads)
     kv_head   a key/value head (a group of q_heads) n_kv_heads
-    q_dim     a channel of one head's query         d_head        three axes of one size: queries and keys meet in a dot
-    k_dim     a channel of one head's key           d_head        product (with RoPE and a scale), values do not, so
+    q_dim     a channel of one head's query         d_head        three axes of one size: queries and keys meet in a
+    k_dim     a channel of one head's key           d_head        dot product (RoPE, a scale), values do not, so
     v_dim     a channel of one head's value         d_head        each grows by its own map
     mlp       a hidden unit of the MLP              d_mlp
     vocab     a token                               d_vocab
@@ -174,7 +174,7 @@ class Layout:
 
 
 def _segments(out: Axes | tuple[Axes, ...]) -> tuple[Axes, ...]:
-    return (out,) if isinstance(out[0], str) else out  # type: ignore[return-value]
+    return (out,) if isinstance(out[0], str) else out
 
 
 def require(config: Mapping[str, Any], field: str, allowed: tuple[Any, ...], why: str) -> None:

@@ -32,7 +32,7 @@ class Gpt2(Family):
             found.append(
                 (
                     "n_kv_heads",
-                    f"GPT-2 has one key/value head for each query head; leave it out",
+                    "GPT-2 has one key/value head for each query head; leave it out",
                 )
             )
         if shape.d_model != shape.n_heads * shape.d_head:
@@ -98,7 +98,7 @@ class Gpt2(Family):
             "n_positions": n_positions,
             "tie_word_embeddings": tied,
             "initializer_range": init_range,
-            # One fused operation; "gelu_new" is the same function as a chain of them. An imported checkpoint keeps its own.
+            # One fused operation; "gelu_new" is the same function in a chain of them. A checkpoint keeps its own.
             "activation_function": "gelu_pytorch_tanh",
             "attn_pdrop": 0.0,
             "embd_pdrop": 0.0,

@@ -104,7 +104,7 @@ def grow_checkpoint(source: Path, out: Path, plan: GrowthPlan, seed: int, *, ver
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
-    old, new = (sum(p.size for p in parameters if p) for parameters in _old_and_new(opened.family, plan))
+    old, new = (sum(p.size for p in table) for table in _old_and_new(opened.family, plan))
     return {
         "parameters": new,
         "new_parameters": new - old,
@@ -307,7 +307,7 @@ class _Copies:
 
 
 def certificate(parent: dict[str, Tensor], child: dict[str, Tensor], plan: GrowthPlan) -> dict[str, float]:
-    """For each tensor of the child, max |W' E_in - E_out W|: zero, up to rounding, where it keeps the parent's function.
+    """For each tensor of the child, max |W' E_in - E_out W|: zero up to rounding where it keeps the parent's function.
 
     No forward pass, and from E alone: R and the noise are what is being checked. A silent block's output matrices are
     held to zero, a random block has nothing to be held to and is left out. Relative to the tensor's largest entry.

@@ -17,7 +17,8 @@ class Block(NamedTuple):
 
 
 class DepthRule(Protocol):
-    about: ClassVar[Operator]
+    @property
+    def about(self) -> Operator: ...
 
     def blocks(self, parent: int, child: int) -> tuple[Block, ...]:
         """The child's blocks, lowest first. `child` is at least `parent`."""
@@ -31,7 +32,7 @@ class Identity:
     wakes at the second; zeroing the norms instead would leave a gated MLP dead.
     """
 
-    about = Operator(
+    about: ClassVar[Operator] = Operator(
         "identity",
         "Identity blocks",
         "Puts a copy that writes nothing yet after each old block; the deeper model computes what the small one does.",
@@ -51,7 +52,7 @@ class Stack:
     block stays the one that the output head knows. Not exact: the second pass transforms what the first one wrote.
     """
 
-    about = Operator(
+    about: ClassVar[Operator] = Operator(
         "stack",
         "Stacking",
         "Repeats the whole stack of blocks: the function changes, but training recovers it fast and goes on well.",
@@ -70,7 +71,7 @@ class Interleave:
     A smaller jump of the loss than stacking, since neighbouring blocks do similar things; not exact either.
     """
 
-    about = Operator(
+    about: ClassVar[Operator] = Operator(
         "interleave",
         "Interleaving",
         "Repeats each block in place: the function changes, by less than stacking does.",
@@ -85,7 +86,7 @@ class Interleave:
 class AppendRandom:
     """The original Kangaroo rule: the old blocks below, new ones on top with N(0, init_range), biases 0, gains 1."""
 
-    about = Operator(
+    about: ClassVar[Operator] = Operator(
         "append_random",
         "Random blocks on top",
         "Keeps the old blocks and adds randomly initialised ones above them: the function is disturbed.",

@@ -56,6 +56,7 @@ def _random_axes(parent: Shape, child: Shape, maps: Mapping[str, AxisMap]) -> li
         f"{field} ({size_of(parent, field)} to {size_of(child, field)})"
         for field, axes in FIELD_AXES.items()
         if any(maps[a].has_new and maps[a].fill == "random" and is_read(a) for a in axes)
+        and not (field == "n_kv_heads" and parent.n_heads == parent.kv_heads and child.n_heads == child.kv_heads)
     ]
     return [f"the new part of {joined(fields)} is random and is read at once"] if fields else []
 

@@ -132,7 +132,8 @@ def _because_it_is_kept(parent: Shape, child: Shape) -> str:
     if grown:
         clauses.append(f"what is new in {joined(grown)} is read so that it adds up to what the parent computes")
     if new:
-        clauses.append(f"the {new} new block{'s write' if new > 1 else ' writes'} nothing to the residual stream yet")
+        blocks = f"the {new} new blocks write" if new > 1 else "the new block writes"
+        clauses.append(f"{blocks} nothing to the residual stream yet")
     if not clauses:
         return "No dimension changes, so every weight is copied as it is and the grown model is its parent."
     text = joined(clauses)

@@ -61,6 +61,8 @@ def _number(parent: Shape, field: str, value: int | float | str) -> int | float:
             number = float(value)
     except ValueError:
         raise GrowthError(f"shape.{field}", right, value) from None
+    if value.endswith("x"):
+        number *= parent.layer_norm_eps if field == "layer_norm_eps" else size_of(parent, field)
     if field == "layer_norm_eps":
         return number
     if number != int(number):

@@ -27,7 +27,8 @@ class Operator(NamedTuple):
 
 
 class WidthRule(Protocol):
-    about: ClassVar[Operator]
+    @property
+    def about(self) -> Operator: ...
 
     def refuse(self, family: Family, parent: Shape, child: Shape) -> None:
         """Raise :class:`GrowthError` where this rule cannot lead from `parent` to `child`."""
@@ -60,7 +61,7 @@ class RandomPad:
     and norms now average over noise: the parent's function is lost as soon as any width changes.
     """
 
-    about = Operator(
+    about: ClassVar[Operator] = Operator(
         "random_pad",
         "Random padding",
         "Copies each old matrix into a corner of the new one and draws the rest at random: any size, function lost.",
@@ -96,10 +97,10 @@ class Duplicate:
       either pair would be zero on both sides and never learn.
     """
 
-    about = Operator(
+    about: ClassVar[Operator] = Operator(
         "duplicate",
         "Duplication",
-        "Copies every channel, unit and head a whole number of times; the larger model computes what the small one does.",
+        "Copies every channel, unit and head a whole number of times: the larger model computes what the small one does.",
         "Samragh et al. 2024, HyperCloning; Chen et al. 2021, bert2BERT (arXiv 2110.07143)",
         "https://arxiv.org/abs/2409.12903",
     )
