@@ -1,0 +1,299 @@
+"""The command line: `python -m trainer run | plan | grow | agent`.
+
+    run SPEC.json --out DIR [--only NAME] [--resume]   train an experiment's models, parents first
+    plan SPEC.json [--json]                            what each model will cost, and what growth will preserve
+    grow SOURCE --shape d_model=512,n_layers=4 --out DIR   grow a checkpoint and nothing else
+    agent start|status|stop|tail DIR                   a run that outlives whoever started it
+
+Exits with 0 when done, or stopped with a checkpoint; 1 when a run failed; 2 when what was asked for cannot be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trainer.spec import ExperimentSpec, Shape
+
+#: The variables by which the libraries underneath learn how many threads to use; read when they are loaded.
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["agent"]:
+        from trainer import agent
+
+        return agent.main(arguments[1:])
+    given = _parser().parse_args(arguments)
+    from trainer.spec import SpecError
+
+    try:
+        return int(given.command(given))
+    except SpecError as error:
+        for problem in error.problems:
+            print(problem, file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="run | plan | grow | agent")
+
+    run = commands.add_parser("run", help="train an experiment's models, parents first")
+    run.add_argument("spec", type=Path, metavar="SPEC.json")
+    run.add_argument("--out", type=Path, required=True, metavar="DIR", help="each model gets a folder in it")
+    run.add_argument("--only", metavar="NAME", help="train this model alone; its parent must be there")
+    run.add_argument("--resume", action="store_true", help="go on from the last checkpoint where there is one")
+    run.add_argument("--cache", type=Path, metavar="DIR", help="for prepared text (else $KANGAROO_DATA_CACHE)")
+    run.add_argument("--threads", type=_threads, metavar="N", help="else $KANGAROO_THREADS, else every core it has")
+    run.set_defaults(command=_run)
+
+    plan = commands.add_parser("plan", help="what each model will cost, and what growth will preserve")
+    plan.add_argument("spec", type=Path, metavar="SPEC.json")
+    plan.add_argument("--json", action="store_true")
+    plan.set_defaults(command=_plan)
+
+    grow = commands.add_parser("grow", help="grow a checkpoint and nothing else")
+    grow.add_argument("source", type=Path, metavar="SOURCE", help="a Hugging Face folder with safetensors")
+    grow.add_argument("--shape", required=True, metavar="FIELD=N,...", help="as in d_model=512,n_layers=4")
+    grow.add_argument("--width", default="duplicate", metavar="RULE")
+    grow.add_argument("--depth", default="identity", metavar="RULE")
+    grow.add_argument("--init-range", type=float, default=0.02, metavar="STD", help="of what is drawn anew")
+    grow.add_argument("--seed", type=int, default=0)
+    grow.add_argument("--out", type=Path, required=True, metavar="DIR")
+    grow.set_defaults(command=_grow)
+
+    commands.add_parser("agent", help="start, watch and stop a run that outlives whoever started it", add_help=False)
+    return parser
+
+
+def _threads(text: str) -> int:
+    n = int(text)
+    if n < 1:
+        raise ValueError
+    return n
+
+
+# --- run --------------------------------------------------------------------------------------------------------------
+
+
+def _run(given: argparse.Namespace) -> int:
+    from trainer.spec import Problem, SpecError, load_spec
+
+    spec = load_spec(given.spec)
+    if given.only is None:
+        return _run_all(given, spec)
+    if given.only not in spec.models:
+        raise SpecError([Problem("--only", given.only, f"there is no such model; there is {', '.join(spec.models)}")])
+    return _run_one(given, spec, given.only)
+
+
+def _run_one(given: argparse.Namespace, spec: ExperimentSpec, name: str) -> int:
+    """Train one model in this process."""
+    threads = given.threads or int(os.environ.get("KANGAROO_THREADS") or 0) or cores()
+    _set_threads(threads)
+    from trainer.display import display_for
+    from trainer.run import RunError, run
+
+    stop = _StopOnSignal()
+    directory = given.out / name
+    display = display_for(sys.stdout, directory / "log.txt", named=False)
+    last = "finished"
+    try:
+        for event in run(
+            spec,
+            name,
+            directory,
+            resume=given.resume,
+            cache=given.cache,
+            threads=threads,
+            attempt=int(os.environ.get("KANGAROO_ATTEMPT") or 1),
+            stop=stop,
+        ):
+            last = event.kind
+            try:
+                display.show(name, event.model_dump(mode="json"))
+            except BrokenPipeError:  # whoever was reading has gone: stop, with a checkpoint
+                stop.asked = True
+                sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+                display = display_for(sys.stdout, None, named=False)
+    except RunError as error:
+        print(error, file=sys.stderr)
+        return 2
+    finally:
+        display.close()
+    return 1 if last == "failed" else 0
+
+
+def _run_all(given: argparse.Namespace, spec: ExperimentSpec) -> int:
+    """Train every model, each in a process of its own, so that one's memory is free before the next begins."""
+    from trainer.display import comparison, display_for, read_events
+
+    display = display_for(sys.stdout, None, named=True)
+    stop = _StopOnSignal()
+    failed: set[str] = set()
+    for name in spec.order():
+        if stop():
+            break
+        if lost := failed & set(spec.ancestors(name)):
+            print(f"{name} is left out: {', '.join(sorted(lost))} failed.", file=sys.stderr)
+            failed.add(name)
+            continue
+        directory = given.out / name
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "stop").unlink(missing_ok=True)  # a wish of last time
+        command = [sys.executable, "-m", "trainer", "run", str(given.spec), "--out", str(given.out), "--only", name]
+        command += ["--resume"] if given.resume else []
+        command += ["--cache", str(given.cache)] if given.cache else []
+        command += ["--threads", str(given.threads)] if given.threads else []
+        with (directory / "log.txt").open("ab") as log:
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log)
+            stop.forward_to = process
+            assert process.stdout is not None
+            for line in process.stdout:
+                display.show(name, json.loads(line))
+            code = process.wait()
+            stop.forward_to = None
+        if code:
+            failed.add(name)
+            events = read_events(directory / "events.jsonl")
+            if not events or events[-1]["kind"] != "failed":  # it said nothing itself
+                display.close()
+                tail = (directory / "log.txt").read_text(errors="replace").splitlines()[-5:]
+                print(f"{name} ended with code {code}:", *tail, sep="\n  ", file=sys.stderr)
+    display.close()
+    if sys.stdout.isatty():
+        print(comparison({name: read_events(given.out / name / "events.jsonl") for name in spec.order()}))
+        if stop():
+            print("Stopped. Go on with --resume.")
+    return 1 if failed else 0
+
+
+class _StopOnSignal:
+    """True once SIGTERM or Ctrl-C has come; a second Ctrl-C does not wait for the checkpoint."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.forward_to: subprocess.Popen[bytes] | None = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def __call__(self) -> bool:
+        return self.asked
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+        if self.forward_to is not None:
+            self.forward_to.terminate()
+
+
+def cores() -> int:
+    """The cores this process may use: its affinity, and the quota of its control group where one is set."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return available
+    return available if quota == "max" else max(1, min(available, int(quota) // int(period)))
+
+
+def _set_threads(threads: int) -> None:
+    """Before torch and its libraries are loaded: afterwards it is too late for some of them."""
+    for variable in THREAD_VARIABLES:
+        os.environ[variable] = str(threads)
+    if threads < cores():
+        # Others work on this machine: threads that wait must not spin.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+# --- plan and grow ----------------------------------------------------------------------------------------------------
+
+
+def _plan(given: argparse.Namespace) -> int:
+    from trainer.budget import sheet
+    from trainer.display import plan_table
+    from trainer.spec import load_spec
+
+    budgets = sheet(load_spec(given.spec))
+    if given.json:
+        print(json.dumps({name: _plain(budget) for name, budget in budgets.items()}, indent=1))
+    else:
+        print(plan_table(budgets))
+    return 0
+
+
+def _plain(budget: Any) -> dict[str, Any]:
+    """A budget as JSON; of its growth what a reader wants, not the maps."""
+    held = {key: value for key, value in vars(budget).items() if key not in ("growth", "problem")}
+    growth = budget.growth
+    held["problem"] = budget.problem and str(budget.problem)
+    held["growth"] = growth and {
+        "preserves": growth.preserves,
+        "because": growth.because,
+        "warnings": list(growth.warnings),
+    }
+    return held
+
+
+def _grow(given: argparse.Namespace) -> int:
+    from pydantic import ValidationError
+
+    from trainer.families import FamilyError, family_of, read_config
+    from trainer.growth import GrowthError, plan
+    from trainer.spec import GrowInit, problems_of
+
+    try:
+        config = read_config(given.source)
+        family = family_of(config)
+        parent, n_positions, d_vocab, tied = family.shape_of(config)
+        init = GrowInit(parent="source", width=given.width, depth=given.depth, init_range=given.init_range)
+        child = _reshaped(parent, given.shape)
+        growth = plan(family.name, parent, child, init, n_positions=n_positions, d_vocab=d_vocab, tied=tied)
+    except ValidationError as error:
+        for problem in problems_of(error):
+            print(f"--{problem}", file=sys.stderr)
+        return 2
+    except GrowthError as error:
+        print(f"{error.field} {error.value!r}: {error.message}", file=sys.stderr)
+        return 2
+    except (FamilyError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    if given.out.exists():
+        print(f"--out {given.out}: is there already; choose a folder that is not.", file=sys.stderr)
+        return 2
+    from trainer.growth.apply import grow_checkpoint
+
+    grow_checkpoint(given.source, given.out, growth, given.seed)
+    print(f"{given.out}: {growth.because}")
+    for warning in growth.warnings:
+        print(warning)
+    return 0
+
+
+def _reshaped(shape: Shape, changes: str) -> Shape:
+    """`shape` with changes written as `d_model=512,n_layers=4`. Raises ValueError, naming what is wrong."""
+    held = shape.model_dump()
+    for change in changes.split(","):
+        field, equals, value = change.partition("=")
+        if not equals or field.strip() not in held:
+            raise ValueError(f"--shape {change!r}: write FIELD=NUMBER; the fields are {', '.join(held)}")
+        held[field.strip()] = value.strip()
+    return type(shape).model_validate(held)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

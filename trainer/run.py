@@ -1,0 +1,534 @@
+"""One model run, from a spec to a trained model: :func:`run`.
+
+The run directory is the truth about a run; everything else, the web site too, reads it. Here is written:
+
+    spec.json                the whole experiment's spec
+    events.jsonl             what happened (:mod:`trainer.events`), over all attempts
+    checkpoints/step-000400  Hugging Face folders with the optimizer's state beside the weights
+    model/                   the finished model; where it stands, the run is done
+
+A model that is grown finds its parent's in ../PARENT/model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import platform
+import queue
+import resource
+import shutil
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import TypeAdapter
+
+from trainer import __version__, budget
+from trainer.data import Prepared, default_cache, prepare
+from trainer.endings import CheckpointError, DataError, StopRequested, ending
+from trainer.events import Event, Failed, Finished
+from trainer.families import Described, FamilyError, build_model, get_family, read_config
+from trainer.growth import GrowthError, plan
+from trainer.spec import CheckpointInit, ExperimentSpec, GrowInit, RandomInit, SpecError, TrainSpec, load_spec
+
+if TYPE_CHECKING:
+    import torch
+
+#: An event's fields, its kind included; the log adds number and time.
+Fields = dict[str, Any]
+
+#: The test split is measured on at most this many times `eval_tokens`.
+TEST_TIMES = 4
+#: Growth is measured on at most this many held-out tokens, in float32.
+GROWTH_TOKENS = 16_384
+
+_EVENT: TypeAdapter[Any] = TypeAdapter(Event)
+
+
+class RunError(Exception):
+    """The run cannot begin here; the message says why and what to do."""
+
+
+def run(
+    spec: ExperimentSpec,
+    name: str,
+    directory: Path,
+    *,
+    resume: bool = False,
+    cache: Path | None = None,
+    threads: int | None = None,
+    attempt: int = 1,
+    stop: Callable[[], bool] = lambda: False,
+) -> Iterator[Event]:
+    """Train the model `name` of an experiment in its run directory. Yields each event after it was written there.
+
+    With `resume` it goes on from the last checkpoint, if there is one; a finished run yields nothing. It ends early,
+    with a checkpoint, once `stop()` is true or the file `stop` is there. What goes wrong ends it with a `failed`
+    event; :class:`RunError` is raised, before any event, where the folder is not this run's.
+    """
+    log = _open(spec, directory, resume)
+    if log.finished:
+        return
+
+    def stopping() -> bool:
+        return stop() or (directory / "stop").exists()
+
+    step: int | None = None
+    try:
+        for fields in _story(spec, name, directory, cache or default_cache(), threads, attempt, stopping):
+            step = fields.get("step", step)
+            yield log.write(fields)
+    except GeneratorExit:
+        raise
+    except BaseException as error:
+        yield log.write(ending(error, step))
+
+
+def _story(
+    spec: ExperimentSpec,
+    name: str,
+    directory: Path,
+    cache: Path,
+    threads: int | None,
+    attempt: int,
+    stop: Callable[[], bool],
+) -> Iterator[Fields]:
+    """The fields of the run's events, in order."""
+    began = time.perf_counter()
+    yield {
+        "kind": "started",
+        "attempt": attempt,
+        "pid": os.getpid(),
+        "hostname": socket.gethostname(),
+        "versions": {"python": platform.python_version(), "kangaroo": __version__},
+    }
+
+    # Importing torch and the model classes takes seconds, so it goes on beside the preparation of the text.
+    imports = threading.Thread(target=_import_torch, daemon=True)
+    imports.start()
+    prepared = yield from _prepare(spec, cache, stop)
+    for note in prepared.notes:
+        yield {"kind": "warning", "message": note}
+    imports.join()
+
+    import torch
+    from transformers.utils import logging
+
+    from trainer import evaluate, train
+
+    logging.disable_progress_bar()  # it would draw one for each file it writes
+    torch.set_num_threads(threads or torch.get_num_threads())
+    torch.set_float32_matmul_precision("high")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    settings = spec.train_of(name)
+    tokens = prepared.train.array()
+    _check_lengths(settings, prepared)
+    total_steps = budget.training_steps(settings, prepared.train.n_tokens)
+    assert total_steps is not None
+    validation = evaluate.windows(prepared.validation.array(), settings.n_ctx, settings.eval_tokens)
+    test = evaluate.windows(prepared.test.array(), settings.n_ctx, TEST_TIMES * settings.eval_tokens)
+
+    identity = {"the text": prepared.fingerprint, "the number of steps": total_steps, "the seed": settings.seed}
+    resumed = train.checkpoints(directory)[-1:]
+    if resumed:
+        state, precision = train.load_state(resumed[0], identity)
+        model = _load(resumed[0], device)
+    else:
+        yield {"kind": "preparing", "what": "making the first weights"}
+        state = train.State()
+        widest = max((m.shape.d_model for m in spec.models.values() if m.shape), default=768)
+        precision = train.choose_precision(settings.precision, widest, device)
+        model, grown = _first_weights(spec, name, directory, prepared, device)
+    _check_model(model, prepared, settings)
+    family, described = spec.models[name].family, _describe(spec, name, model)
+    size = budget.parameters(family, *described)
+    flops_per_token = budget.flops_per_token(family, described.shape, settings.n_ctx, described.d_vocab, described.tied)
+
+    setup_seconds = time.perf_counter() - began
+    state = replace(state, setup_seconds=state.setup_seconds + setup_seconds)
+    yield {
+        "kind": "prepared",
+        "parameters": size.total,
+        "non_embedding_parameters": size.non_embedding,
+        "d_vocab": model.config.vocab_size,
+        "train_tokens": prepared.train.n_tokens,
+        "validation_tokens": prepared.validation.n_tokens,
+        "test_tokens": prepared.test.n_tokens,
+        "bytes_per_token": prepared.validation.bytes_per_token,
+        "data_fingerprint": prepared.fingerprint,
+        "total_steps": total_steps,
+        "tokens_per_step": settings.tokens_per_step,
+        "flops_per_token": flops_per_token,
+        "device": device.type,
+        "device_name": _device_name(device),
+        "precision": precision,
+        "threads": torch.get_num_threads(),
+        "seed": settings.seed,
+        "resumed_from": state.step if resumed else None,
+        "setup_seconds": setup_seconds,
+        "versions": {
+            package: _version(package) for package in ("torch", "transformers", "tokenizers", "safetensors", "numpy")
+        },
+    }
+    if not resumed and grown is not None:
+        yield {"kind": "grown", **grown}
+
+    task = train.Task(
+        settings=settings,
+        directory=directory,
+        tokenizer=prepared.tokenizer,
+        tokens=tokens,
+        held_out=validation,
+        bytes_per_token=prepared.validation.bytes_per_token,
+        batch_seed=spec.train.seed,
+        total_steps=total_steps,
+        flops_per_token=flops_per_token,
+        precision=precision,
+        identity=identity,
+    )
+    last = state.progress()
+    eval_seconds = state.eval_seconds
+    for fields in train.train(model, task, state, stop):
+        last.update((key, fields[key]) for key in last if key in fields)
+        eval_seconds += fields.get("eval_seconds", 0.0)
+        yield fields
+
+    start = time.perf_counter()
+    figures = evaluate.evaluate(model, test, precision=precision, bytes_per_token=prepared.test.bytes_per_token)
+    seconds = time.perf_counter() - start
+    eval_seconds += seconds
+    yield {"kind": "eval", "split": "test", **last, **figures, "eval_seconds": seconds}
+
+    tokenizer = _tokenizer(prepared)
+    for sample in evaluate.samples(model, tokenizer, test, prepared.end_of_text):
+        yield {"kind": "sample", "step": last["step"], **sample}
+    train.save_model(model, prepared.tokenizer, directory / "model")
+    yield {
+        "kind": "finished",
+        **last,
+        "eval_seconds": eval_seconds,
+        "setup_seconds": state.setup_seconds,
+        "tokens_per_second": last["tokens"] / last["train_seconds"] if last["train_seconds"] else 0.0,
+        "peak_memory_bytes": _peak_memory(device),
+    }
+
+
+# --- Making ready -----------------------------------------------------------------------------------------------------
+
+
+def _import_torch() -> None:
+    with contextlib.suppress(Exception):  # what is wrong is raised again, and reported, by the main thread's import
+        importlib.import_module("trainer.train")
+        importlib.import_module("transformers.models.auto.modeling_auto")
+
+
+def _prepare(spec: ExperimentSpec, cache: Path, stop: Callable[[], bool]) -> Generator[Fields, None, Prepared]:
+    """Events of the preparation, which works in a thread of its own; returns what it prepared."""
+    reports: queue.SimpleQueue[tuple[str, int | None, int | None] | None] = queue.SimpleQueue()
+    outcome: list[Prepared | BaseException] = []
+
+    def work() -> None:
+        try:
+            outcome.append(prepare(spec.data, cache, lambda what, done, total: reports.put((what, done, total))))
+        except BaseException as error:
+            outcome.append(error)
+        finally:
+            reports.put(None)
+
+    threading.Thread(target=work, daemon=True).start()
+    said, at = "", 0.0
+    while True:
+        if stop():
+            raise StopRequested(0, None)
+        try:
+            report = reports.get(timeout=0.2)
+        except queue.Empty:
+            continue
+        if report is None:
+            break
+        what, done, total = report
+        if what != said or done == total or time.monotonic() - at > 1.0:
+            said, at = what, time.monotonic()
+            yield {"kind": "preparing", "what": what, "done": done, "total": total}
+    if isinstance(outcome[0], BaseException):
+        raise outcome[0]
+    return outcome[0]
+
+
+def _check_lengths(settings: TrainSpec, prepared: Prepared) -> None:
+    if prepared.train.n_tokens < settings.n_ctx + 1:
+        raise DataError(
+            f"The training split has {prepared.train.n_tokens:,} tokens; n_ctx {settings.n_ctx} needs at least "
+            f"{settings.n_ctx + 1:,}."
+        )
+    for split in (prepared.validation, prepared.test):
+        if split.n_tokens < 2:
+            raise DataError(f"The split {split.path.stem} has {split.n_tokens} token; at least 2 are needed.")
+
+
+def _first_weights(
+    spec: ExperimentSpec, name: str, directory: Path, prepared: Prepared, device: torch.device
+) -> tuple[Any, Fields | None]:
+    """The model before its first step, and what growth did if it was grown."""
+    model = spec.models[name]
+    if isinstance(model.init, GrowInit):
+        return _grown(spec, name, directory, prepared, device)
+    if isinstance(model.init, CheckpointInit):
+        return _load(model.init.path, device), None
+    assert model.shape is not None
+    return _fresh(spec, name, prepared).to(device), None
+
+
+def _fresh(spec: ExperimentSpec, name: str, prepared: Prepared) -> Any:
+    """New weights: matrices from N(0, init_range), biases zero, gains one.
+
+    All matrices alike: GPT-2's usual smaller range for the matrices that write to the residual stream (Radford et al.
+    2019) is not used, in either family.
+    """
+    import torch
+
+    model, settings = spec.models[name], spec.train_of(name)
+    assert model.shape is not None
+    assert isinstance(model.init, RandomInit)
+    config = get_family(model.family).config(
+        model.shape,
+        settings.n_ctx,
+        _d_vocab(spec, prepared),
+        model.tie_embeddings,
+        init_range=model.init.init_range,
+        bos_token_id=prepared.end_of_text,
+        eos_token_id=prepared.end_of_text,
+        pad_token_id=prepared.end_of_text,
+    )
+    made = build_model(config)
+    generator = torch.Generator().manual_seed(settings.seed)
+    with torch.no_grad():
+        for path, parameter in made.named_parameters():
+            if parameter.dim() >= 2:
+                parameter.normal_(0.0, model.init.init_range, generator=generator)
+            else:
+                parameter.fill_(0.0 if path.endswith("bias") else 1.0)
+    return made
+
+
+def _d_vocab(spec: ExperimentSpec, prepared: Prepared) -> int:
+    """The spec's vocabulary size where it gives one: what the plan counted is what is built."""
+    wanted = spec.data.tokenizer.d_vocab or prepared.d_vocab
+    if wanted < prepared.d_vocab:
+        raise DataError(
+            f"data.tokenizer.d_vocab is {wanted:,}, but the tokenizer has {prepared.d_vocab:,} tokens; leave it out or "
+            "give at least that."
+        )
+    return wanted
+
+
+def _grown(
+    spec: ExperimentSpec, name: str, directory: Path, prepared: Prepared, device: torch.device
+) -> tuple[Any, Fields]:
+    from trainer import evaluate
+    from trainer.growth.apply import grow_checkpoint
+    from trainer.growth.weights import CheckpointError as UngrowableError
+
+    model = spec.models[name]
+    assert isinstance(model.init, GrowInit)
+    assert model.shape is not None
+    settings = spec.train_of(name)
+    source = directory.parent / model.init.parent / "model"
+    if not (source / "config.json").exists():
+        raise CheckpointError(
+            f"{name} is grown from {model.init.parent}, which has no finished model in {source}; train it first."
+        )
+    start = time.perf_counter()
+    family = get_family(model.family)
+    try:
+        parent_shape, n_positions, d_vocab, tied = family.shape_of(read_config(source))
+        growth = plan(
+            model.family, parent_shape, model.shape, model.init, n_positions=n_positions, d_vocab=d_vocab, tied=tied
+        )
+    except (FamilyError, GrowthError) as error:
+        raise CheckpointError(f"{name} cannot be grown from {source}: {error}") from error
+    weights = directory / ".grown"
+    shutil.rmtree(weights, ignore_errors=True)
+    try:
+        grow_checkpoint(source, weights, growth, settings.seed)
+        child = _load(weights, device)
+    except UngrowableError as error:
+        raise CheckpointError(f"{name} cannot be grown from {source}: {error}") from error
+    finally:
+        shutil.rmtree(weights, ignore_errors=True)
+    parent = _load(source, device)
+    held_out = evaluate.windows(prepared.validation.array(), settings.n_ctx, min(GROWTH_TOKENS, settings.eval_tokens))
+    return child, {
+        "parent": model.init.parent,
+        "width": model.init.width,
+        "depth": model.init.depth,
+        "preserves": growth.preserves,
+        **evaluate.compare(parent, child, held_out),
+        "seconds": time.perf_counter() - start,
+        "new_parameters": _count(child) - _count(parent),
+    }
+
+
+def _load(path: Path | str, device: torch.device) -> Any:
+    """A model in float32 from a Hugging Face folder or a name on the Hub."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(Path(path).expanduser()) if Path(path).expanduser().exists() else str(path),
+            dtype=torch.float32,
+            trust_remote_code=False,
+            use_safetensors=True,
+            attn_implementation="sdpa",
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise CheckpointError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # its config keeps what it said
+    for parameter in model.parameters():
+        # A copy: memory mapped from a file is not aligned as torch's own, and may be summed in another order.
+        parameter.data = parameter.data.clone()
+    return model.to(device)
+
+
+def _check_model(model: Any, prepared: Prepared, settings: TrainSpec) -> None:
+    if model.config.vocab_size < prepared.d_vocab:
+        raise CheckpointError(
+            f"The model has {model.config.vocab_size:,} tokens, the tokenizer {prepared.d_vocab:,}; they do not belong "
+            "together."
+        )
+    if model.config.max_position_embeddings < settings.n_ctx:
+        raise CheckpointError(
+            f"train.n_ctx is {settings.n_ctx}, but the model has {model.config.max_position_embeddings} positions; at "
+            "most that many would be right."
+        )
+
+
+def _describe(spec: ExperimentSpec, name: str, model: Any) -> Described:
+    """The shape of what was made or loaded, which must be what the spec says."""
+    wanted = spec.models[name]
+    family = get_family(wanted.family)
+    if model.config.model_type != family.name:
+        raise CheckpointError(f"models.{name}.family is {family.name!r}, the checkpoint's {model.config.model_type!r}.")
+    try:
+        found = family.shape_of(model.config.to_dict())
+    except FamilyError as error:
+        raise CheckpointError(f"models.{name}.init.path: {error}") from error
+    if wanted.shape is not None and wanted.shape.model_dump() | {"n_kv_heads": wanted.shape.kv_heads} != (
+        found.shape.model_dump() | {"n_kv_heads": found.shape.kv_heads}
+    ):
+        raise CheckpointError(
+            f"models.{name}.shape is not the checkpoint's, {found.shape.model_dump_json()}; leave it out to take that."
+        )
+    return found
+
+
+def _tokenizer(prepared: Prepared) -> Any:
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(prepared.tokenizer / "tokenizer.json"))
+
+
+# --- What a run knows about itself ------------------------------------------------------------------------------------
+
+
+def _count(model: Any) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _device_name(device: torch.device) -> str:
+    import torch
+
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: of the GPU's memory there, else the largest resident size of the process."""
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+# --- The event log ----------------------------------------------------------------------------------------------------
+
+
+class EventLog:
+    """`events.jsonl`, appended to: numbers go on over all attempts, and a line that a crash tore is taken away."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.events = 0
+        self.last: Fields | None = None
+        whole = 0
+        if path.exists():
+            with path.open("rb") as file:
+                for line in file:
+                    try:
+                        self.last = json.loads(line)
+                    except ValueError:
+                        break
+                    if not line.endswith(b"\n"):
+                        break
+                    self.events = self.last["seq"] + 1
+                    whole += len(line)
+            os.truncate(path, whole)
+        self._file = path.open("ab")
+
+    @property
+    def finished(self) -> bool:
+        return self.last is not None and self.last["kind"] == "finished"
+
+    def write(self, fields: Fields) -> Event:
+        event: Event = _EVENT.validate_python({"seq": self.events, "at": datetime.now(UTC), **fields})
+        self._file.write(event.model_dump_json().encode() + b"\n")
+        self._file.flush()
+        if isinstance(event, Finished | Failed):
+            os.fsync(self._file.fileno())
+        self.events += 1
+        return event
+
+
+def _open(spec: ExperimentSpec, directory: Path, resume: bool) -> EventLog:
+    directory.mkdir(parents=True, exist_ok=True)
+    held = directory / "spec.json"
+    if held.exists():
+        try:
+            same = load_spec(held) == spec
+        except SpecError:
+            same = False
+        if not same:
+            raise RunError(f"{held} is of another experiment; choose another folder for this one.")
+    else:
+        held.write_text(spec.to_json())
+    log = EventLog(directory / "events.jsonl")
+    if not resume and log.events and not log.finished:
+        raise RunError(f"{directory} holds a run that was begun before; go on with it by --resume.")
+    return log
