@@ -1,0 +1,297 @@
+"""What an experiment would take, said before it starts: the side sheet of the Train page.
+
+Counts come from trainer.budget. Time comes from what this installation measured: FLOPs per second of the newest
+finished runs; until there is one, from a low guess that says so. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import heapq
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from django.conf import settings
+from django.db import models
+
+from experiments.forms import ExperimentForm, document_of
+from experiments.models import ModelRun, State
+from experiments.templatetags.figures import filesize_short, percent
+from trainer.budget import ModelBudget, sheet
+from trainer.growth import OPERATORS, GrowthError, check, plan
+from trainer.spec import (
+    DataSpec,
+    ExperimentSpec,
+    GrowInit,
+    ModelSpec,
+    SpecError,
+    TrainSpec,
+    parse_spec,
+)
+
+#: Training FLOPs per second of one core before anything was measured: what small models reach on an old laptop's.
+GUESSED_FLOPS_PER_CORE = 1e10
+#: A run shorter than this says more about starting than about training.
+SHORTEST_MEASURED_SECONDS = 2.0
+MEASURED_RUNS = 9
+
+
+class Speed(NamedTuple):
+    flops_per_second: float  # of one run
+    runs: int  # measured on; 0: a guess
+
+
+def measured_speed() -> Speed:
+    """The median over the newest finished runs, so that one run beside a busy machine does not count for all."""
+    finished = (
+        ModelRun.objects.filter(
+            state=State.SUCCEEDED, flops__gt=0, train_seconds__gte=SHORTEST_MEASURED_SECONDS, ended_at__isnull=False
+        )
+        .order_by("-ended_at")
+        .values_list(models.F("flops") / models.F("train_seconds"), flat=True)[:MEASURED_RUNS]
+    )
+    if rates := list(finished):
+        return Speed(statistics.median(rates), len(rates))
+    return Speed(GUESSED_FLOPS_PER_CORE * max(1, settings.CORES // max(1, settings.LOCAL_SLOTS)), 0)
+
+
+def known_text(data: DataSpec) -> dict[str, Any]:
+    """The `prepared` event of an earlier run on this very text and tokenizer; empty if there was none."""
+    earlier = ModelRun.objects.filter(experiment__spec_json__data=data.model_dump(mode="json"), prepared__isnull=False)
+    return earlier.order_by("-started_at").values_list("prepared", flat=True).first() or {}
+
+
+def memory_bytes() -> int | None:
+    """What a process may use here: the machine's memory, or less if a container says so. None where nobody tells."""
+    found = []
+    try:
+        with open("/proc/meminfo") as file:
+            found.append(int(file.readline().split()[1]) * 1024)
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        found.append(int(limit) if limit != "max" else found[0])
+    except (OSError, ValueError, IndexError):
+        pass
+    return min(found, default=None)
+
+
+class Verdict(NamedTuple):
+    """What a rule of growth does to these very shapes."""
+
+    kind: str  # "keeps", "changes" or "impossible"
+    text: str
+
+    @property
+    def word(self) -> str:
+        return {
+            "keeps": "keeps the function for these shapes",
+            "changes": "does not keep the function",
+            "impossible": "cannot be used for these shapes",
+        }[self.kind]
+
+
+@dataclass
+class Estimate:
+    models: list[ModelBudget] = field(default_factory=list)
+    growth: Verdict | None = None
+    rules: dict[str, Verdict] = field(default_factory=dict)  # "width_duplicate" -> what it does by itself
+    warnings: list[str] = field(default_factory=list)
+    hints: list[str] = field(default_factory=list)
+    speed: Speed | None = None
+    seconds: float | None = None  # until the last model has finished
+    memory: int | None = None
+
+
+def estimate(form: ExperimentForm) -> Estimate:
+    """What can be said of a bound form, errors and all: of the models and settings that can be read."""
+    spec = readable_spec(form)
+    if spec is None:
+        return Estimate()
+    known = known_text(spec.data)
+    if known and spec.data.tokenizer.kind == "pretrained" and spec.data.tokenizer.d_vocab is None:
+        tokenizer = spec.data.tokenizer.model_copy(update={"d_vocab": known["d_vocab"]})
+        spec = spec.model_copy(update={"data": spec.data.model_copy(update={"tokenizer": tokenizer})})
+    speed, memory = measured_speed(), memory_bytes()
+    budgets = sheet(spec, flops_per_second=speed.flops_per_second, train_tokens=known.get("train_tokens"))
+    shown = [budgets[name] for name in spec.models]
+    return Estimate(
+        models=shown,
+        growth=_growth(spec, form),
+        rules=_rules(spec, form),
+        warnings=_memory_warnings(shown, memory) + _plan_warnings(shown),
+        hints=_ratios(shown),
+        speed=speed,
+        seconds=_until_finished(spec, budgets),
+        memory=memory,
+    )
+
+
+# What can be read of a form that may still have errors ----------------------------------------------------------------
+
+#: Settings that change no count: a wrong one is set aside, the others must be right for a sheet to be shown.
+_COUNTED = {"n_ctx", "batch_size", "max_steps", "num_epochs", "precision", "eval_tokens", "eval_every"}
+
+
+def readable_spec(form: ExperimentForm) -> ExperimentSpec | None:
+    """The form's spec, less the models and the settings that have errors; None if too little is left to count."""
+    form.is_valid()
+    if form.spec is not None:
+        return form.spec
+    document = document_of(form.cleaned_data) | {"name": form.cleaned_data.get("name") or "untitled"}
+    if not document["data"].get("source"):
+        document["data"]["source"] = "/unknown"
+    # Read as a number or not, but missing: nothing may be put in its place.
+    if any(name in form.errors and name not in document["train"] for name in _COUNTED):
+        return None
+    for _ in range(len(document["models"]) + len(TrainSpec.model_fields)):
+        try:
+            return parse_spec(document)
+        except SpecError as error:
+            if not all(_set_aside(document, problem.field) for problem in error.problems):
+                return None
+    return None
+
+
+def _set_aside(document: dict[str, Any], location: str) -> bool:
+    match location.split("."):
+        case ["models", name, *_]:
+            document["models"].pop(name, None)
+            if name == "small":
+                document["models"].pop("scaled", None)
+            return bool(document["models"])
+        case ["train", name] if name not in _COUNTED:
+            document["train"].pop(name, None)
+            if name == "warmup_steps":
+                document["train"][name] = 0
+            return True
+        case ["name"]:
+            document["name"] = "untitled"
+            return True
+        case ["data", name] if name != "tokenizer":
+            document["data"].pop(name, None)
+            return True
+        case ["data", "tokenizer", "name" | "kind"]:
+            d_vocab = document["data"]["tokenizer"].get("d_vocab")
+            document["data"]["tokenizer"] = {"kind": "pretrained", "name": "unnamed", "d_vocab": d_vocab}
+            return True
+    return False
+
+
+# Growth ---------------------------------------------------------------------------------------------------------------
+
+
+def _pair(form: ExperimentForm) -> tuple[ModelSpec, ModelSpec] | None:
+    """Small and the shape to grow it to, as far as each is right by itself: growth between them may be impossible."""
+    document = document_of(form.cleaned_data)["models"]
+    try:
+        small = ModelSpec.model_validate(document["small"])
+        large = ModelSpec.model_validate({**document["scaled"], "init": {"kind": "random"}})
+    except ValueError:
+        return None
+    return (small, large) if small.shape and large.shape else None
+
+
+def _growth(spec: ExperimentSpec, form: ExperimentForm) -> Verdict | None:
+    """What the chosen pair of rules does to these shapes."""
+    pair, values = _pair(form), form.cleaned_data
+    if pair is None or "width" not in values or "depth" not in values:
+        return None
+    return _verdict(*pair, _init(width=values["width"], depth=values["depth"]), spec)
+
+
+def _rules(spec: ExperimentSpec, form: ExperimentForm) -> dict[str, Verdict]:
+    """Each rule by itself: a width rule at small's depth, a depth rule at small's width."""
+    pair = _pair(form)
+    if pair is None:
+        return {}
+    small, large = pair
+    assert small.shape is not None
+    assert large.shape is not None
+    wide = large.model_copy(update={"shape": large.shape.model_copy(update={"n_layers": small.shape.n_layers})})
+    deep = small.model_copy(update={"shape": small.shape.model_copy(update={"n_layers": large.shape.n_layers})})
+    found = {}
+    for rule in OPERATORS["width"]:
+        found[f"width_{rule.key}"] = _verdict(small, wide, _init(width=rule.key), spec)
+    for rule in OPERATORS["depth"]:
+        found[f"depth_{rule.key}"] = _verdict(small, deep, _init(depth=rule.key), spec)
+    return found
+
+
+def _init(**rules: str) -> GrowInit:
+    return GrowInit.model_validate({"parent": "small", **rules})
+
+
+def _verdict(small: ModelSpec, large: ModelSpec, init: GrowInit, spec: ExperimentSpec) -> Verdict:
+    assert small.shape is not None
+    assert large.shape is not None
+    try:
+        check(small.family, small.shape, large.shape, init)
+        found = plan(
+            small.family,
+            small.shape,
+            large.shape,
+            init,
+            n_positions=spec.train.n_ctx,
+            d_vocab=spec.data.tokenizer.d_vocab or 256,  # how many tokens there are changes nothing here
+            tied=small.tie_embeddings,
+        )
+    except GrowthError as error:
+        return Verdict("impossible", error.message)
+    return Verdict("keeps" if found.preserves else "changes", found.because)
+
+
+# Warnings, ratios, time -----------------------------------------------------------------------------------------------
+
+
+def _memory_warnings(budgets: list[ModelBudget], memory: int | None) -> list[str]:
+    if not memory:
+        return []
+    too_large = [b for b in budgets if (b.memory_bytes or 0) > memory]
+    if too_large:
+        return [
+            f"{b.name} needs about {filesize_short(b.memory_bytes)}: this machine has {filesize_short(memory)}. "
+            "A smaller batch_size, n_ctx or shape would fit."
+            for b in too_large
+        ]
+    together = sum(sorted((b.memory_bytes or 0 for b in budgets), reverse=True)[: settings.LOCAL_SLOTS])
+    if together > memory:
+        return [
+            f"Runs that train at once need about {filesize_short(together)} together: this machine has "
+            f"{filesize_short(memory)}."
+        ]
+    return []
+
+
+def _plan_warnings(budgets: list[ModelBudget]) -> list[str]:
+    return [f"{b.name}: {warning}" for b in budgets if b.growth for warning in b.growth.warnings]
+
+
+def _ratios(budgets: list[ModelBudget]) -> list[str]:
+    """How the models stand to each other: what an honest comparison has to know."""
+    by_name = {b.name: b for b in budgets}
+    small = by_name.get("small")
+    large = by_name.get("large") or by_name.get("scaled")
+    if not small or not large or not small.parameters or not large.parameters:
+        return []
+    hints = [
+        f"{large.name} is {large.parameters / small.parameters:.1f} × small "
+        f"({large.non_embedding_parameters / max(1, small.non_embedding_parameters):.1f} × without embeddings)."
+    ]
+    if small.flops and large.flops:
+        hints.append(f"Training small costs {percent(small.flops / large.flops)} of {large.name}'s FLOPs.")
+    return hints
+
+
+def _until_finished(spec: ExperimentSpec, budgets: dict[str, ModelBudget]) -> float | None:
+    """Seconds until the last model has finished: LOCAL_SLOTS at a time, a child after its parent."""
+    ends: dict[str, float] = {}
+    free = [0.0] * max(1, settings.LOCAL_SLOTS)
+    for name in spec.order():
+        seconds = budgets[name].seconds
+        if seconds is None:
+            return None
+        parent = spec.models[name].parent
+        start = max(heapq.heappop(free), ends[parent] if parent else 0.0)
+        ends[name] = start + seconds
+        heapq.heappush(free, ends[name])
+    return max(ends.values(), default=None)

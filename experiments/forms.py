@@ -1,0 +1,655 @@
+"""The Train page's form <-> ExperimentSpec.
+
+    values_of(spec) -> values        what each field shows
+    document_of(values) -> document  the spec as JSON, for parse_spec
+    ExperimentForm                   reads and shows the values; `.spec` once it is valid
+
+Both directions are pure, and lossless for the standard experiment (small, scaled grown from it, large of the same
+shape or left out). What else a spec may hold, :func:`left_out` names, so that the page can say so.
+
+The form only reads what was typed. What is right is said once, in trainer.spec; its problems are put beside the fields
+that they belong to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+from django import forms
+from django.conf import settings
+from django.core.exceptions import ValidationError
+from django.forms import BoundField
+
+from accounts.models import User
+from experiments import sources
+from trainer.families import FamilyError, family_of, get_family, read_config
+from trainer.growth import OPERATORS
+from trainer.spec import (
+    BUILT_IN_SOURCE,
+    CheckpointInit,
+    ExperimentSpec,
+    FamilyName,
+    GrowInit,
+    ModelSpec,
+    PretrainedTokenizer,
+    Problem,
+    RandomInit,
+    Shape,
+    SpecError,
+    TrainSpec,
+    parse_spec,
+)
+
+Values = Mapping[str, Any]
+
+DIMENSIONS = {
+    "d_model": "width of the residual stream",
+    "n_heads": "attention heads",
+    "n_kv_heads": "key/value heads; empty: as many as n_heads",
+    "d_head": "width of one head",
+    "d_mlp": "hidden width of the MLP",
+    "n_layers": "blocks",
+    "layer_norm_eps": "epsilon of the norms",
+}
+TRAIN_FIELDS = tuple(TrainSpec.model_fields)
+#: The numbers and choices of the section Training, and those that are folded away there.
+TRAINING = ("max_steps", "num_epochs", "n_ctx", "batch_size", "lr", "warmup_steps", "weight_decay", "seed", "host")
+ADVANCED = (
+    "schedule",
+    "min_lr_ratio",
+    "grad_clip",
+    "beta1",
+    "beta2",
+    "precision",
+    "eval_every",
+    "eval_tokens",
+    "checkpoint_every",
+    "validation_fraction",
+    "test_fraction",
+)
+
+# Values <-> spec ------------------------------------------------------------------------------------------------------
+
+
+def values_of(spec: ExperimentSpec) -> dict[str, Any]:
+    """What each field of the form shows for `spec`."""
+    small, scaled, large = _roles(spec)
+    grow = scaled.init if scaled and isinstance(scaled.init, GrowInit) else GrowInit(parent="small")
+    big = scaled or large or small
+    big_range = large.init.init_range if large and isinstance(large.init, RandomInit) else grow.init_range
+    from_checkpoint = isinstance(small.init, CheckpointInit)
+    return {
+        "name": spec.name,
+        "family": small.family,
+        "tie_embeddings": small.tie_embeddings,
+        "small_source": small.init.kind,
+        "small_checkpoint": small.init.path if isinstance(small.init, CheckpointInit) else "",
+        "small_init_range": 0.02 if from_checkpoint else getattr(small.init, "init_range", 0.02),
+        "large_init_range": big_range,
+        "growth_init_range": None if grow.init_range == big_range else grow.init_range,
+        "growth_noise": grow.noise,
+        "width": grow.width,
+        "depth": grow.depth,
+        "train_large": large is not None,
+        **_shape_values("small", small.shape),
+        **_shape_values("large", big.shape or small.shape),
+        **_data_values(spec),
+        **spec.train.model_dump(),
+        "host": "local",
+    }
+
+
+def _roles(spec: ExperimentSpec) -> tuple[ModelSpec, ModelSpec | None, ModelSpec | None]:
+    """The models that the form's small, scaled and large stand for: by name, else by what they are."""
+    models = spec.models
+    scaled = models.get("scaled") or next((m for m in models.values() if m.parent), None)
+    small = models.get("small") or (models[scaled.parent] if scaled and scaled.parent else None)
+    small = small or next((m for m in models.values() if not m.parent), next(iter(models.values())))
+    large = models.get("large") or next(
+        (m for m in models.values() if scaled and not m.parent and m is not small and m.shape == scaled.shape), None
+    )
+    return small, scaled, large
+
+
+def _shape_values(role: str, shape: Shape | None) -> dict[str, Any]:
+    return {
+        f"{role}_{name}": getattr(shape, name)
+        if shape
+        else Shape.model_fields[name].get_default()
+        if not Shape.model_fields[name].is_required()
+        else None
+        for name in DIMENSIONS
+    }
+
+
+def _data_values(spec: ExperimentSpec) -> dict[str, Any]:
+    data, tokenizer = spec.data, spec.data.tokenizer
+    kind: str = data.kind
+    relative = ""
+    if kind == "local" and Path(data.source).is_relative_to(settings.UPLOADS_DIR):
+        kind, relative = "upload", str(Path(data.source).relative_to(settings.UPLOADS_DIR))
+    pretrained = isinstance(tokenizer, PretrainedTokenizer)
+    return {
+        "source": kind,
+        "hub_name": data.source if kind == "hub" else "wikitext",
+        "hub_config": (data.config or "") if kind == "hub" else "wikitext-103-raw-v1",
+        "local_path": data.source if kind == "local" else "",
+        "uploaded": relative,
+        "text_column": data.text_column or "",
+        "validation_fraction": data.validation_fraction,
+        "test_fraction": data.test_fraction,
+        "tokenizer_kind": tokenizer.kind,
+        "d_vocab": 4096 if pretrained else tokenizer.d_vocab,
+        "tokenizer_name": tokenizer.name if isinstance(tokenizer, PretrainedTokenizer) else "",
+        "tokenizer_d_vocab": tokenizer.d_vocab if pretrained else None,
+    }
+
+
+def document_of(values: Values) -> dict[str, Any]:
+    """The spec that the values stand for, as JSON. A value that is not there is left out; None stays None."""
+    large_shape = _shape_document("large", values)
+    model = _present(values, family="family", tie_embeddings="tie_embeddings")
+    models: dict[str, Any] = {
+        "small": {
+            **model,
+            "shape": _shape_document("small", values),
+            "init": _present(values, init_range="small_init_range"),
+        }
+    }
+    models["small"]["init"]["kind"] = "random"
+    if values.get("small_source") == "checkpoint":
+        models["small"]["init"] = {"kind": "checkpoint", **_present(values, path="small_checkpoint")}
+        if all(value is None for name, value in models["small"]["shape"].items() if name != "layer_norm_eps"):
+            models["small"]["shape"] = None
+    growth = {"kind": "grow", "parent": "small", **_present(values, width="width", depth="depth", noise="growth_noise")}
+    from_ = "large_init_range" if values.get("growth_init_range") is None else "growth_init_range"
+    growth |= _present(values, init_range=from_)
+    models["scaled"] = {**model, "shape": large_shape, "init": growth}
+    if values.get("train_large"):
+        init = {"kind": "random", **_present(values, init_range="large_init_range")}
+        models["large"] = {**model, "shape": large_shape, "init": init}
+    return {
+        **_present(values, name="name"),
+        "data": _data_document(values),
+        "train": _present(values, **{name: name for name in TRAIN_FIELDS}),
+        "models": models,
+    }
+
+
+def _shape_document(role: str, values: Values) -> dict[str, Any]:
+    return _present(values, **{name: f"{role}_{name}" for name in DIMENSIONS})
+
+
+def _data_document(values: Values) -> dict[str, Any]:
+    data = _present(values, validation_fraction="validation_fraction", test_fraction="test_fraction")
+    data["text_column"] = values.get("text_column") or None
+    match values.get("source"):
+        case "hub":
+            data |= _present(values, source="hub_name") | {"config": values.get("hub_config") or None}
+        case "local":
+            data |= _present(values, source="local_path")
+        case "upload":
+            data["source"] = str(settings.UPLOADS_DIR / values["uploaded"]) if values.get("uploaded") else ""
+        case _:
+            data["source"] = BUILT_IN_SOURCE
+    if values.get("tokenizer_kind") == "pretrained":
+        data["tokenizer"] = {
+            "kind": "pretrained",
+            **_present(values, name="tokenizer_name", d_vocab="tokenizer_d_vocab"),
+        }
+    else:
+        data["tokenizer"] = {"kind": "bpe", **_present(values, d_vocab="d_vocab")}
+    return data
+
+
+def _present(values: Values, **fields: str) -> dict[str, Any]:
+    return {key: values[field] for key, field in fields.items() if field in values}
+
+
+def left_out(spec: ExperimentSpec) -> list[str]:
+    """What of `spec` the form cannot hold, as dotted names: none for the standard experiment."""
+    whole = dict(_leaves(spec.model_dump(mode="json")))
+    held = dict(_leaves(document_of(values_of(spec))))
+    lost = [name for name, value in whole.items() if held.get(name) != value]
+    extra = [f"models.{name}" for name in spec.models if not any(n.startswith(f"models.{name}.") for n in held)]
+    return extra + [name for name in lost if not any(name.startswith(f"{e}.") for e in extra)]
+
+
+def _leaves(document: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in document.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{at}{key}.")
+        else:
+            yield f"{at}{key}", value
+
+
+# The form -------------------------------------------------------------------------------------------------------------
+
+
+def _shown(value: Any) -> Any:
+    """A number as a person writes it: 0.001, 1e-5. Reading it back gives the same number."""
+    if not isinstance(value, float):
+        return value
+    text = f"{value:g}" if float(f"{value:g}") == value else repr(value)
+    return re.sub(r"e([+-])0*(\d)", lambda m: f"e{m[1].strip('+')}{m[2]}", text)
+
+
+class NumberField(forms.Field):
+    """A number typed as text, so that what cannot be read is shown again as it was typed. Empty: None."""
+
+    kind = "a number"
+    inputmode = "decimal"
+
+    def __init__(self, **kwargs: Any):
+        attrs = {"class": "form-control", "inputmode": self.inputmode, "autocomplete": "off", "spellcheck": "false"}
+        super().__init__(required=False, widget=forms.TextInput(attrs=attrs), **kwargs)
+
+    def prepare_value(self, value: Any) -> Any:
+        return _shown(value)
+
+    def to_python(self, value: Any) -> int | float | None:
+        text = re.sub(r"[\s_]", "", "" if value is None else str(value))
+        if not text:
+            return None
+        try:
+            return self.parse(text)
+        except (ValueError, OverflowError):
+            raise ValidationError(_sentence(str(self.label), str(value).strip(), f"must be {self.kind}")) from None
+
+    def parse(self, text: str) -> int | float:
+        return float(text)
+
+
+class WholeField(NumberField):
+    kind = "a whole number"
+    inputmode = "numeric"
+
+    def parse(self, text: str) -> int:
+        if re.fullmatch(r"[+-]?\d{1,18}", text):
+            return int(text)
+        number = float(text)  # 25e3
+        if not number.is_integer():
+            raise ValueError(text)
+        return int(number)
+
+
+class Box(BoundField):
+    """A field whose help may stand elsewhere: once for the two fields of a row, small's and large's."""
+
+    @property
+    def aria_describedby(self) -> str | None:
+        role, _, dimension = self.name.partition("_")
+        parts = [super().aria_describedby or ""]
+        if role in ("small", "large") and dimension in DIMENSIONS:
+            parts.insert(0, f"help_{dimension}")
+        return " ".join(filter(None, parts)) or None
+
+
+class CardSelect(forms.RadioSelect):
+    """Radio buttons, each described by the element `about_<name>_<value>` that the page puts beside it."""
+
+    def create_option(self, name: str, value: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        option = super().create_option(name, value, *args, **kwargs)
+        option["attrs"]["aria-describedby"] = f"about_{name}_{value}"
+        return option
+
+
+class Row(NamedTuple):
+    """A dimension of the two shapes, side by side."""
+
+    name: str
+    help: str
+    small: BoundField
+    large: BoundField
+    ratio: str
+
+
+class Wrong(NamedTuple):
+    """An error, and where it stands on the page."""
+
+    field: str
+    id: str
+    message: str
+
+
+def _text(**kwargs: Any) -> forms.CharField:
+    attrs = {"class": "form-control", "autocomplete": "off", "spellcheck": "false"}
+    return forms.CharField(required=False, widget=forms.TextInput(attrs=attrs), **kwargs)
+
+
+def _select(choices: Any, **kwargs: Any) -> forms.ChoiceField:
+    return forms.ChoiceField(choices=choices, widget=forms.Select(attrs={"class": "form-select"}), **kwargs)
+
+
+def _radio(choices: Any, widget: type[forms.RadioSelect] = forms.RadioSelect, **kwargs: Any) -> forms.ChoiceField:
+    return forms.ChoiceField(choices=choices, widget=widget(attrs={"class": "form-check-input"}), **kwargs)
+
+
+def _check(**kwargs: Any) -> forms.BooleanField:
+    return forms.BooleanField(required=False, widget=forms.CheckboxInput(attrs={"class": "form-check-input"}), **kwargs)
+
+
+def _choices_of(literal: Any) -> list[tuple[str, str]]:
+    return [(value, value) for value in get_args(literal)]
+
+
+class ExperimentForm(forms.Form):
+    """`owner` is called when there is something of the user's to keep, a file or an experiment: it may make a guest."""
+
+    bound_field_class = Box
+    use_required_attribute = False  # the browser's own bubbles would hide all errors but the first
+    error_css_class = "is-invalid"
+
+    key = forms.UUIDField(required=False, widget=forms.HiddenInput, initial=uuid.uuid4)
+    name = forms.CharField(
+        required=False,
+        widget=forms.TextInput(attrs={"class": "form-control", "autocomplete": "off"}),
+    )
+    notes = forms.CharField(
+        required=False,
+        max_length=20_000,
+        widget=forms.Textarea(attrs={"class": "form-control", "rows": 2}),
+        help_text="What you want to find out. Only for people.",
+    )
+    family = _select([(name, get_family(name).title) for name in get_args(FamilyName)], help_text="Of all models here.")
+    tie_embeddings = _check(help_text="The output layer is the embedding table.")
+    small_source = _radio(
+        [("random", "trained here, from random weights"), ("checkpoint", "a pre-trained checkpoint")], label="small is"
+    )
+    small_checkpoint = _text(
+        label="checkpoint", help_text="A name on the Hub, such as EleutherAI/pythia-70m, or a folder on this machine."
+    )
+    width = _radio([(rule.key, rule.title) for rule in OPERATORS["width"]], CardSelect, label="width rule")
+    depth = _radio([(rule.key, rule.title) for rule in OPERATORS["depth"]], CardSelect, label="depth rule")
+    growth_init_range = NumberField(
+        label="init_range of new weights", help_text="Of weights that growth draws at random. Empty: large's."
+    )
+    growth_noise = NumberField(
+        label="noise",
+        help_text="What duplication adds where it cannot be seen, against the copied weights, so that copies do not "
+        "stay alike. 0: none.",
+    )
+    train_large = _check(
+        label="Train large too",
+        help_text="The same shape from scratch: without it nothing says whether growing saved anything.",
+    )
+
+    source = _radio(
+        [
+            ("built-in", "The Python standard library's sources"),
+            ("hub", "A dataset on the Hugging Face Hub"),
+            ("local", "A file or folder on this machine"),
+            ("upload", "A file of yours"),
+        ],
+        label="text",
+    )
+    hub_name = _text(label="dataset", max_length=96)
+    hub_config = _text(label="config", max_length=96, help_text="Empty if it has none.")
+    local_path = _text(label="path", max_length=1000)
+    upload = forms.FileField(
+        required=False,
+        label="file",
+        widget=forms.FileInput(attrs={"class": "form-control", "accept": ",".join(sources.TEXT_SUFFIXES)}),
+    )
+    uploaded = forms.CharField(required=False, widget=forms.HiddenInput)
+    text_column = _text(max_length=200, help_text="Of jsonl, csv, parquet and Hub datasets. Empty: found out.")
+    tokenizer_kind = _radio(
+        [("bpe", "Byte-level BPE, trained on this text"), ("pretrained", "A pre-trained one")], label="tokenizer"
+    )
+    d_vocab = WholeField(help_text="Tokens in the vocabulary.")
+    tokenizer_name = _text(
+        label="tokenizer's name", help_text="On the Hub, such as gpt2, or a folder. With a checkpoint: its own."
+    )
+    tokenizer_d_vocab = WholeField(label="its d_vocab", help_text="Only to count parameters before it was fetched.")
+    validation_fraction = NumberField(help_text="Of the documents, held out to watch training.")
+    test_fraction = NumberField(help_text="Of the documents, held out to the end.")
+
+    n_ctx = WholeField(help_text="Tokens in one sequence.")
+    batch_size = WholeField(help_text="Sequences in one step.")
+    max_steps = WholeField(help_text="Empty: as num_epochs says.")
+    num_epochs = NumberField(help_text="Passes over the text. Empty: as max_steps says.")
+    lr = NumberField(help_text="Peak learning rate of AdamW.")
+    weight_decay = NumberField(help_text="On matrices only.")
+    warmup_steps = WholeField(help_text="Steps from 0 to lr.")
+    schedule = _select(_choices_of(TrainSpec.model_fields["schedule"].annotation), help_text="After the warm-up.")
+    min_lr_ratio = NumberField(help_text="The schedule ends at this share of lr.")
+    beta1 = NumberField(help_text="AdamW's first moment.")
+    beta2 = NumberField(help_text="AdamW's second moment.")
+    grad_clip = NumberField(help_text="Largest gradient norm. Empty: none.")
+    eval_every = WholeField(help_text="Steps between evaluations.")
+    eval_tokens = WholeField(help_text="Tokens of one evaluation during training.")
+    checkpoint_every = WholeField(help_text="Steps between checkpoints.")
+    seed = WholeField(help_text="Of weights and order of batches.")
+    precision = _select(
+        _choices_of(TrainSpec.model_fields["precision"].annotation), help_text="auto: the fastest safe."
+    )
+    compile = _check(label="torch.compile", help_text="Slower to start, faster to train on a GPU.")
+    host = _select([("local", "this machine")], help_text="Where it trains.")
+
+    def __init__(
+        self,
+        data: Any = None,
+        files: Any = None,
+        *,
+        user: Any,
+        owner: Callable[[], User] | None = None,
+        **kwargs: Any,
+    ):
+        # A copy, so that an upload which was accepted can be noted for the next time the form is shown.
+        super().__init__(data.copy() if data is not None else None, files, **kwargs)
+        self.user, self.owner = user, owner
+        self.spec: ExperimentSpec | None = None
+        for role in ("small", "large"):
+            for name in (*DIMENSIONS, "init_range"):
+                kind = NumberField if name in ("layer_norm_eps", "init_range") else WholeField
+                self.fields[f"{role}_{name}"] = kind(label=name)
+                self.fields[f"{role}_{name}"].widget.attrs["aria-label"] = f"{name} of {role}"
+        for name, field in self.fields.items():
+            field.label = field.label or name  # the spec's own word, not "N ctx"
+        if not settings.LOCAL_DATA_DIRS and self["source"].value() != "local":
+            choices = self.fields["source"].choices  # type: ignore[attr-defined]
+            self.fields["source"].choices = [c for c in choices if c[0] != "local"]  # type: ignore[attr-defined]
+
+    # Shown
+
+    def rows(self) -> list[Row]:
+        """The two shapes side by side; weights' init_range last."""
+        described = DIMENSIONS | {"init_range": "standard deviation of first weights"}
+        return [
+            Row(name, text, self[f"small_{name}"], self[f"large_{name}"], self._ratio(name))
+            for name, text in described.items()
+        ]
+
+    def _ratio(self, name: str) -> str:
+        """How large's value stands to small's: "2", "1.5"; empty where they are the same or one is not a number."""
+        try:
+            small, large = (float(self[f"{role}_{name}"].value()) for role in ("small", "large"))
+        except (TypeError, ValueError):
+            return ""
+        return "" if small == large or not small else f"{large / small:.3g}"
+
+    def training(self) -> list[BoundField]:
+        return [self[name] for name in TRAINING]
+
+    def advanced(self) -> list[BoundField]:
+        return [self[name] for name in ADVANCED]
+
+    @property
+    def advanced_has_errors(self) -> bool:
+        return any(name in self.errors for name in (*ADVANCED, "tie_embeddings", "compile"))
+
+    @property
+    def summary(self) -> list[Wrong]:
+        """Each error with the element that it stands beside, in the order of the page; what belongs to none first."""
+        return [Wrong("", "", str(message)) for message in self.non_field_errors()] + [
+            Wrong(name, str(self[name].auto_id), str(message))
+            for name in self.fields
+            for message in self.errors.get(name, [])
+        ]
+
+    @property
+    def uploaded_name(self) -> str:
+        return Path(str(self["uploaded"].value() or "")).name
+
+    # Read
+
+    def clean(self) -> dict[str, Any]:
+        self._clean_text()
+        self._clean_checkpoint()
+        self._clean_tokenizer()
+        try:
+            self.spec = parse_spec(document_of(self.cleaned_data))
+        except SpecError as error:
+            for problem in error.problems:
+                self._show(problem)
+        return self.cleaned_data
+
+    def _clean_text(self) -> None:
+        values, field = self.cleaned_data, "source"
+        path: Path | None = None
+        try:
+            match values.get("source"):
+                case "hub":
+                    field = "hub_name"
+                    sources.hub_name(values.get("hub_name", ""))
+                    field = "hub_config"
+                    sources.hub_config(values.get("hub_config", ""))
+                case "local":
+                    field = "local_path"
+                    path = sources.text_path(values.get("local_path", ""), self.user)
+                    values["local_path"] = str(path)
+                case "upload":
+                    field = "upload"
+                    path = self._keep_upload()
+            if path and values.get("text_column"):
+                field = "text_column"
+                sources.check_column(path, values["text_column"])
+        except ValidationError as error:
+            self.add_error(field, error)
+
+    def _keep_upload(self) -> Path:
+        """The file that was sent now, or one that was sent before; kept even when other fields have errors."""
+        values = self.cleaned_data
+        if values.get("upload") and self.owner:
+            sources.check_upload(values["upload"])
+            self.user = self.owner()
+            values["uploaded"] = self.data["uploaded"] = sources.keep_upload(values["upload"], self.user)
+        relative = values.get("uploaded", "")
+        if not relative:
+            raise ValidationError("choose a file: txt, md, jsonl, csv or parquet")
+        if not sources.may_use_upload(relative, self.user):
+            self.data["uploaded"] = ""
+            raise ValidationError(f"{Path(relative).name} is not among your files here any more: choose it again")
+        return Path(settings.UPLOADS_DIR / relative)
+
+    def _clean_checkpoint(self) -> None:
+        values = self.cleaned_data
+        if values.get("small_source") != "checkpoint":
+            return
+        try:
+            name = values["small_checkpoint"] = sources.checkpoint(values.get("small_checkpoint", ""), self.user)
+            if sources.is_path(name):
+                self._compare_with(read_config(Path(name)))
+        except (ValidationError, FamilyError) as error:
+            self.add_error("small_checkpoint", error if isinstance(error, ValidationError) else str(error))
+
+    def _compare_with(self, config: dict[str, Any]) -> None:
+        """A checkpoint that lies here says what small is; fields left empty are filled, others must agree."""
+        values, family = self.cleaned_data, family_of(config)
+        if family.name != values.get("family"):
+            self.add_error("family", _sentence("family", values.get("family"), f"the checkpoint's is {family.name}"))
+            return
+        shape, _, _, tied = family.shape_of(config)
+        if values.get("tie_embeddings") != tied:
+            self.add_error("tie_embeddings", f"the checkpoint's embeddings are {'tied' if tied else 'not tied'}")
+        empty = all(values.get(f"small_{name}") is None for name in DIMENSIONS if name != "layer_norm_eps")
+        for name in DIMENSIONS:
+            field, right = f"small_{name}", getattr(shape, name)
+            if empty:
+                values[field] = right
+            elif field in values and values[field] != right and (name != "n_kv_heads" or values[field] is not None):
+                self.add_error(field, _sentence(name, values[field], f"the checkpoint's is {_shown(right)}"))
+
+    def _clean_tokenizer(self) -> None:
+        values = self.cleaned_data
+        if values.get("tokenizer_kind") != "pretrained":
+            return
+        if not values.get("tokenizer_name") and values.get("small_source") == "checkpoint":
+            values["tokenizer_name"] = values.get("small_checkpoint", "")
+        try:
+            values["tokenizer_name"] = sources.tokenizer(values.get("tokenizer_name", ""), self.user)
+        except ValidationError as error:
+            self.add_error("tokenizer_name", error)
+
+    def _show(self, problem: Problem) -> None:
+        """Put what trainer.spec found beside the field it belongs to, once."""
+        field = field_of(problem.field, self.data)
+        if field is None:
+            self.add_error(None, str(problem))
+            return
+        if field in self.errors:  # it could not be read, or large's problem is scaled's too
+            return
+        label = str(self.fields[field].label or field)
+        self.add_error(field, _sentence(label, problem.value, problem.message))
+
+    def experiment_id(self) -> uuid.UUID:
+        """The same for the same form sent twice, another once anything in it was changed."""
+        assert self.spec is not None
+        content = hashlib.sha256((self.spec.to_json() + self.cleaned_data["notes"]).encode()).hexdigest()
+        return uuid.uuid5(self.cleaned_data["key"] or uuid.uuid4(), content)
+
+
+def _sentence(label: str, value: Any, message: str) -> str:
+    """What every error looks like: "d_head 48: with RoPE it must be even"."""
+    shown = "" if value is None or isinstance(value, bool | dict | list) or value == "" else f" {_shown(value)}"
+    return f"{label}{shown}: {message}"
+
+
+_TOKENIZER = {"kind": "tokenizer_kind", "name": "tokenizer_name", "d_vocab": "d_vocab"}
+_DATA = {"config": "hub_config", "text_column": "text_column"}
+_SOURCE = {"hub": "hub_name", "local": "local_path", "upload": "upload"}
+_MODEL = {"family": "family", "tie_embeddings": "tie_embeddings", "init.kind": "small_source"}
+_GROWTH = {
+    "init.noise": "growth_noise",
+    "init.width": "width",
+    "init.depth": "depth",
+    "init.init_range": "growth_init_range",
+    "init.parent": "width",
+}
+
+
+def field_of(location: str, values: Values) -> str | None:
+    """The form's field for a dotted location in the spec, given what is chosen; None where there is none."""
+    match location.split("."):
+        case ["name"]:
+            return "name"
+        case ["train", name] if name in TRAIN_FIELDS:
+            return name
+        case ["data", "source"]:
+            return _SOURCE.get(values.get("source", ""), "source")
+        case ["data", "tokenizer", "d_vocab"] if values.get("tokenizer_kind") == "pretrained":
+            return "tokenizer_d_vocab"
+        case ["data", "tokenizer", name]:
+            return _TOKENIZER.get(name)
+        case ["data", name]:
+            return _DATA.get(name, name if name.endswith("_fraction") else None)
+        case ["models", role, "shape", name] if name in DIMENSIONS:
+            return f"{'small' if role == 'small' else 'large'}_{name}"
+        case ["models", "small", "shape"]:
+            return "small_d_model"
+        case ["models", "small", "init", "path"]:
+            return "small_checkpoint"
+        case ["models", "scaled", "init", "init_range"] if not values.get("growth_init_range"):
+            return "large_init_range"
+        case ["models", "scaled", *rest] if (field := _GROWTH.get(".".join(rest))) is not None:
+            return field
+        case ["models", role, "init", "init_range"]:
+            return f"{role}_init_range"
+        case ["models", _, *rest]:
+            return _MODEL.get(".".join(rest))
+    return None

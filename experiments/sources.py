@@ -1,0 +1,238 @@
+"""Which text and which checkpoints a user may name, and where the files that they send are kept.
+
+A name is a Hub name or a path. A path must lie, symbolic links followed, in a folder that the operator opened to all
+users (LOCAL_DATA_DIRS), among the user's own uploads, or in the run directories of an experiment that the user may see.
+Everything here raises :class:`django.core.exceptions.ValidationError` with the sentence that the person reads.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import hashlib
+import io
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from django.conf import settings
+from django.core.exceptions import ValidationError
+from django.core.files.uploadedfile import UploadedFile
+
+from accounts.models import User
+from experiments.models import Experiment
+
+TEXT_SUFFIXES = (".txt", ".md", ".jsonl", ".csv", ".parquet")
+#: What the trainer reads from a folder of the operator's; uploads are text files alone.
+LOCAL_SUFFIXES = (*TEXT_SUFFIXES, ".py")
+#: As the Hub spells its names: `name` or `owner/name`.
+HUB_NAME = re.compile(r"(?=.{1,96}$)[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+HUB_CONFIG = re.compile(r"[\w.+-]{0,96}", re.ASCII)
+#: How much of a file is looked at to tell text from something else, and to find its columns.
+HEAD_BYTES = 1 << 20
+
+
+def is_path(name: str) -> bool:
+    """Whether `name` is spelled as a path; anything else can only be a Hub name."""
+    return name.startswith(("/", "./", "../", "~"))
+
+
+def hub_name(name: str) -> str:
+    if not name:
+        raise ValidationError("a name is needed: name or owner/name, as on the Hub")
+    if not HUB_NAME.fullmatch(name) or ".." in name or "--" in name or name.endswith((".git", ".", "-")):
+        raise ValidationError(
+            f"{name}: a name on the Hub is written name or owner/name, with letters, digits, - _ and . alone"
+        )
+    return name
+
+
+def hub_config(name: str) -> str:
+    if not HUB_CONFIG.fullmatch(name):
+        raise ValidationError(f"{name}: a config's name has letters, digits, - _ + and . alone")
+    return name
+
+
+def text_path(text: str, user: Any) -> Path:
+    """A file or folder of text that `user` may train on. A relative path is looked for in the operator's folders."""
+    path = _allowed(text, user)
+    if path.is_file() and path.suffix.lower() not in LOCAL_SUFFIXES:
+        raise ValidationError(f"{text}: a file must be one of {', '.join(LOCAL_SUFFIXES)}")
+    return path
+
+
+def checkpoint(name: str, user: Any) -> str:
+    """A Hub name, or the resolved path of a Hugging Face folder that `user` may read."""
+    if not is_path(name):
+        return hub_name(name)
+    path = _allowed(name, user)
+    if not (path / "config.json").is_file():
+        raise ValidationError(f"{name}: a checkpoint is a folder with config.json and safetensors files in it")
+    return str(path)
+
+
+def tokenizer(name: str, user: Any) -> str:
+    """A Hub name, or the resolved path of a folder with a tokenizer that `user` may read."""
+    if not is_path(name):
+        return hub_name(name)
+    path = _allowed(name, user)
+    if not (path / "tokenizer.json").is_file():
+        raise ValidationError(f"{name}: a tokenizer is a folder with tokenizer.json in it")
+    return str(path)
+
+
+def _allowed(text: str, user: Any) -> Path:
+    if not text:
+        raise ValidationError("a path is needed")
+    for candidate in _candidates(text):
+        try:
+            path = candidate.resolve(strict=True)
+        except (OSError, ValueError, RuntimeError):  # not there, a NUL byte, a loop of links
+            continue
+        if _may_read(path, user):
+            return path
+    # One sentence for "not there" and "not yours": the difference would tell what lies on this machine.
+    if not settings.LOCAL_DATA_DIRS:
+        raise ValidationError(
+            f"{text}: there is no such path among those you may use; this site's operator opened no folder "
+            "(LOCAL_DATA_DIRS), so upload the file instead"
+        )
+    folders = ", ".join(map(str, settings.LOCAL_DATA_DIRS))
+    raise ValidationError(f"{text}: there is no such file or folder in {folders}")
+
+
+def _candidates(text: str) -> list[Path]:
+    if text.startswith("~"):
+        return []
+    path = Path(text)
+    return [path] if path.is_absolute() else [Path(folder) / path for folder in settings.LOCAL_DATA_DIRS]
+
+
+def _may_read(path: Path, user: Any) -> bool:
+    """`path` is resolved. Kangaroo's own files are opened one owner at a time, even inside an opened folder."""
+    if path.is_relative_to(settings.UPLOADS_DIR):
+        return may_use_upload(str(path.relative_to(settings.UPLOADS_DIR)), user)
+    if path.is_relative_to(settings.RUNS_DIR):
+        return _sees_run(path.relative_to(settings.RUNS_DIR), user)
+    if path.is_relative_to(settings.VAR) or settings.VAR.is_relative_to(path):
+        return False
+    return any(path.is_relative_to(folder) for folder in settings.LOCAL_DATA_DIRS)
+
+
+def _sees_run(relative: Path, user: Any) -> bool:
+    try:
+        pk = UUID(relative.parts[0])
+    except (IndexError, ValueError):
+        return False
+    return bool(Experiment.objects.visible_to(user).filter(pk=pk).exists())
+
+
+# Uploads --------------------------------------------------------------------------------------------------------------
+
+
+def may_use_upload(relative: str, user: Any) -> bool:
+    """Whether the file at `relative` to UPLOADS_DIR is there and is the user's.
+
+    Theirs are the files that they sent, and those that an experiment of theirs was trained on: a guest's experiments
+    move to another account on sign-in, and their text must go with them.
+    """
+    root = settings.UPLOADS_DIR.resolve()
+    try:
+        path = (root / relative).resolve(strict=True)
+    except (OSError, ValueError, RuntimeError):
+        return False
+    if not user.is_authenticated or not path.is_relative_to(root) or not path.is_file():
+        return False
+    owner = path.relative_to(root).parts[0]
+    return owner == str(user.pk) or bool(
+        Experiment.objects.owned_by(user).filter(spec_json__data__source=str(path)).exists()
+    )
+
+
+def check_upload(file: UploadedFile) -> None:
+    """Refuse, before it is kept, a file that could not be trained on."""
+    name, size = file.name or "", file.size or 0
+    suffix = Path(name).suffix.lower()
+    if suffix not in TEXT_SUFFIXES:
+        raise ValidationError(f"{name}: must be one of {', '.join(TEXT_SUFFIXES)}")
+    if size > settings.MAX_UPLOAD_MB * 1_000_000:
+        raise ValidationError(f"{name} has {size / 1e6:.0f} MB: at most {settings.MAX_UPLOAD_MB} MB can be uploaded")
+    if not size:
+        raise ValidationError(f"{name}: the file is empty")
+    file.seek(0)
+    head = file.read(HEAD_BYTES)
+    if suffix == ".parquet":
+        if not head.startswith(b"PAR1"):
+            raise ValidationError(f"{name}: this is not a parquet file")
+        return
+    try:
+        # Of a longer file, the head may end in the middle of a character.
+        codecs.getincrementaldecoder("utf-8")().decode(head, final=size <= HEAD_BYTES)
+    except UnicodeDecodeError as error:
+        raise ValidationError(f"{name}: must be text in UTF-8; byte {error.start} is not") from None
+    if b"\0" in head:
+        raise ValidationError(f"{name}: must be text; it holds zero bytes")
+
+
+def keep_upload(file: UploadedFile, user: User) -> str:
+    """Store a checked file; its path relative to UPLOADS_DIR. The same content twice is kept once."""
+    file.seek(0)
+    digest = hashlib.sha256()
+    for chunk in file.chunks():
+        digest.update(chunk)
+    relative = Path(str(user.pk)) / digest.hexdigest()[:16] / _safe_name(file.name or "")
+    target = settings.UPLOADS_DIR / relative
+    if not target.exists():
+        used = uploaded_bytes(user) + (file.size or 0)
+        if settings.MAX_DISK_GB_PER_USER and used > settings.MAX_DISK_GB_PER_USER * 1e9:
+            raise ValidationError(
+                f"your uploads would take {used / 1e9:.1f} GB: {settings.MAX_DISK_GB_PER_USER} are yours"
+            )
+        target.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = target.with_name(f".{target.name}.part")
+        with open(unfinished, "wb") as out:
+            for chunk in file.chunks():
+                out.write(chunk)
+        unfinished.replace(target)
+    return str(relative)
+
+
+def uploaded_bytes(user: User) -> int:
+    return sum(f.stat().st_size for f in (settings.UPLOADS_DIR / str(user.pk)).rglob("*") if f.is_file())
+
+
+def _safe_name(name: str) -> str:
+    """The last part of `name` with nothing in it that a shell, a log or a file system could trip over."""
+    stem, suffix = Path(name).stem, Path(name).suffix.lower()
+    return (re.sub(r"[^\w.-]+", "-", stem, flags=re.ASCII).strip("-.") or "text")[:80] + suffix
+
+
+def columns(path: Path) -> list[str] | None:
+    """The columns of a csv or jsonl file, from its first line; None for other files: the trainer looks for itself."""
+    if not path.is_file() or path.suffix.lower() not in (".csv", ".jsonl"):
+        return None
+    with open(path, "rb") as file:
+        line = file.readline(HEAD_BYTES).decode("utf-8-sig", "replace")
+    if path.suffix.lower() == ".csv":
+        return [str(name) for name in next(csv.reader(io.StringIO(line)), [])]
+    try:
+        row = json.loads(line)
+    except ValueError:
+        raise ValidationError(f"{path.name}: its first line is not JSON; a .jsonl file has one object a line") from None
+    if not isinstance(row, dict):
+        raise ValidationError(f'{path.name}: its first line must be an object, such as {{"text": ...}}')
+    return list(map(str, row))
+
+
+def check_column(path: Path, column: str) -> None:
+    """Refuse a text column that the file has not."""
+    found = columns(path)
+    if found is not None and column not in found:
+        raise ValidationError(f"{column}: there is no such column; there is {_either(found)}")
+
+
+def _either(names: Iterable[str]) -> str:
+    return ", ".join(names) or "none"
