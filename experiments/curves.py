@@ -2,8 +2,8 @@
 
 Steps are cut into buckets of a fixed width, a power of two chosen so that a whole run has at most BUCKETS of them. Of
 each bucket the points with the lowest and the highest loss are kept, in order, and the last point of the curve. A loss
-that is not finite is kept as such, to be marked. Edges do not move while a run goes on, so a bucket that has been passed
-never changes: it is compressed once a process and remembered (CLOSED), and a poll sends only what comes after it.
+that is not finite is kept as such, to be marked. Edges do not move while a run goes on, so a bucket that is passed
+stays as it is: it is compressed once a process and remembered (CLOSED), and a poll sends only what comes after it.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from __future__ import annotations
 import itertools
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from django.db.models import Q
 
@@ -97,19 +97,37 @@ def width_for(total_steps: int) -> int:
     return 1 << max(0, math.ceil(math.log2(max(1, total_steps) / BUCKETS)))
 
 
-def compress(points: Iterable[Sight], width: int) -> Iterator[Sight]:
-    """Of each bucket of `width` steps the lowest and the highest loss, and all that are not finite; in order."""
-    for _, bucket in itertools.groupby(points, key=lambda point: point.step // width):
-        members = list(bucket)
-        if len(members) <= 2:
-            yield from members
-            continue
-        finite = [point for point in members if point.loss is not None]
-        kept = {point for point in members if point.loss is None}
-        if finite:
-            kept.add(min(finite, key=_loss))
-            kept.add(max(finite, key=_loss))
-        yield from sorted(kept, key=lambda point: point.step)
+def compress(points: Iterable[Sight], width: int) -> list[Sight]:
+    """Of each bucket of `width` steps the lowest and the highest loss, and all that are not finite; in order.
+
+    `points` may be any tuples in the order of Sight's fields: naming 60,000 of them only to drop most would take longer
+    than all the rest.
+    """
+    kept: list[Sight] = []
+    low = high = None  # of the bucket at hand
+    lowest = highest = 0.0
+    bucket = -1
+
+    def close() -> None:
+        if low is not None and high is not None:
+            kept.extend([low] if low is high else [low, high])
+
+    for point in points:
+        if point[0] // width != bucket:
+            close()
+            bucket, low, high = point[0] // width, None, None
+        loss = point[4]
+        if loss is None or not math.isfinite(loss):
+            kept.append(Sight._make(point)._replace(loss=None))
+        elif low is None:
+            low = high = point
+            lowest = highest = loss
+        elif loss < lowest:
+            low, lowest = point, loss
+        elif loss > highest:
+            high, highest = point, loss
+    close()
+    return sorted(map(Sight._make, kept), key=lambda point: point.step)
 
 
 def curves(
@@ -129,10 +147,10 @@ def curves(
                 known = _Closed()
             closed[run.pk, split] = known
             wanted |= Q(run=run.pk, split=split, step__gte=known.edge)
-    fresh: dict[tuple[int, str], list[Sight]] = {key: [] for key in closed}
+    fresh: dict[tuple[int, str], list[Any]] = {key: [] for key in closed}
     rows = Point.objects.filter(wanted).order_by("run", "split", "step").values_list("run_id", "split", *_COLUMNS)
     for run_id, split, *values in rows.iterator(chunk_size=20_000):
-        fresh[run_id, split].append(_sight(*values))
+        fresh[run_id, split].append(values)
     found = {}
     for run in runs:
         for split in splits:
@@ -141,43 +159,25 @@ def curves(
     return found
 
 
-def _joined(key: tuple[object, ...], closed: _Closed, fresh: Sequence[Sight], seq: int) -> Series:
+def _joined(key: tuple[object, ...], closed: _Closed, fresh: Sequence[Any], seq: int) -> Series:
     """What was remembered and what came since; passed buckets among the latter are remembered from now on."""
     width = key[-1]
     assert isinstance(width, int)
     if not fresh:
         return Series(width, closed.points, closed.total)
-    edge = fresh[-1].step // width * width
-    passed = [point for point in fresh if point.step < edge]
+    edge = fresh[-1][0] // width * width
+    passed = list(itertools.takewhile(lambda point: point[0] < edge, fresh))
     if passed:
         closed = _Closed(edge, closed.points + tuple(compress(passed, width)), closed.total + len(passed), seq)
         CLOSED.put(key, closed)
     still_open = fresh[len(passed) :]
-    points = list(compress(still_open, width))
-    if points[-1] != fresh[-1]:
-        points.append(fresh[-1])  # where the curve stands now
+    points = compress(still_open, width)
+    if points[-1].step != fresh[-1][0]:
+        points.append(Sight._make(fresh[-1]))  # where the curve stands now
     return Series(width, closed.points + tuple(points), closed.total + len(still_open))
 
 
-def _sight(
-    step: int,
-    tokens: int,
-    flops: float,
-    seconds: float,
-    loss: float | None,
-    accuracy: float | None,
-    bits_per_byte: float | None,
-) -> Sight:
-    finite = loss if loss is not None and math.isfinite(loss) else None
-    return Sight(step, tokens, flops, seconds, finite, accuracy, bits_per_byte)
-
-
-def _loss(point: Sight) -> float:
-    assert point.loss is not None
-    return point.loss
-
-
-# A reader's place in the curves: what a poll says it has already --------------------------------------------------------
+# A reader's place in the curves: what a poll says it has already ------------------------------------------------------
 
 
 def place(series: dict[Key, Series]) -> str:
@@ -209,7 +209,7 @@ def increment(curve: Series, known: tuple[int, int] | None) -> tuple[int, tuple[
     return start, curve.since(start)
 
 
-# Sparklines -------------------------------------------------------------------------------------------------------------
+# Sparklines -----------------------------------------------------------------------------------------------------------
 
 SPARK_WIDTH, SPARK_HEIGHT, SPARK_POINTS = 160, 44, 48
 
@@ -253,6 +253,7 @@ def _thinned(runs: Sequence[ModelRun], totals: dict[int, int | None]) -> dict[in
     )
     for run_id, step, loss in rows:
         curve = found.setdefault(run_id, [])
+        assert loss is not None
         if not curve or step - curve[-1][0] >= strides[run_id]:
             curve.append((step, loss))
     return found

@@ -1,8 +1,469 @@
-from django.http import HttpRequest, HttpResponse
+"""What came of it: Profile, an experiment's page, its figures as JSON and CSV, its files, and what may be done to it.
+
+A page is made of sections. Each carries a mark of what it showed; a poll brings the marks back and is answered with the
+sections that look different now, or with 204. Whoever may not see an experiment is told that there is none.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import re
+import zipfile
+from collections.abc import Iterator, Sequence
+from typing import Any
+from uuid import UUID
+
+from django import forms
+from django.contrib import messages
+from django.core.paginator import Paginator
+from django.db.models import Exists, Min, OuterRef, Q, QuerySet
+from django.http import Http404, HttpRequest, HttpResponse, JsonResponse, StreamingHttpResponse
+from django.http.response import HttpResponseBase
+from django.shortcuts import get_object_or_404, redirect, render
+from django.template.loader import render_to_string
+from django.utils.cache import get_conditional_response, patch_vary_headers
+from django.utils.http import quote_etag
+from django.views.decorators.http import require_POST, require_safe
+
+from experiments import jobs
+from experiments.curves import curves, increment, parse_place, place, sparks
+from experiments.models import ACTIVE, RESUMABLE, Experiment, ModelRun, Point
+from experiments.report import Report
+from experiments.standing import Standing, standings, total_steps
+from experiments.transport import for_host
+
+PAGE_SIZE = 20
+#: Bytes of a log that a page shows.
+LOG_TAIL = 12_000
+
+SORTS = {
+    "newest": ("Newest", ("-created",)),
+    "oldest": ("Oldest", ("created",)),
+    "name": ("Name", ("name", "-created")),
+    "loss": ("Lowest validation loss", ("best", "-created")),
+}
+STATES = {
+    "running": ("Waiting or running", Q(runs__state__in=ACTIVE)),
+    "finished": ("Finished", ~Q(runs__state__in=[*ACTIVE, *RESUMABLE])),
+    "ended": ("Failed or stopped", Q(runs__state__in=RESUMABLE)),
+}
 
 
-def home(request: HttpRequest) -> HttpResponse:
-    return HttpResponse("Kangaroo")
+class _Filter(forms.Form):
+    q = forms.CharField(required=False)
+    state = forms.ChoiceField(required=False, choices=[("", "All"), *((k, v[0]) for k, v in STATES.items())])
+    sort = forms.ChoiceField(required=False, choices=[(k, v[0]) for k, v in SORTS.items()])
 
 
-checkpoint = delete = edit = experiment = log = metrics = metrics_csv = profile = resume = spec_json = stop = home
+class _NameForm(forms.ModelForm):  # type: ignore[type-arg]  # generic for the type checker alone
+    class Meta:
+        model = Experiment
+        fields = ("name", "notes")
+
+
+# Profile --------------------------------------------------------------------------------------------------------------
+
+
+@require_safe
+def profile(request: HttpRequest) -> HttpResponse:
+    """The user's experiments, those that wait or run on top. A poll (with `seen` marks) is answered in pieces."""
+    if not request.user.is_authenticated:
+        return render(request, "experiments/profile.html", {"signed_out": True})
+    mine = Experiment.objects.owned_by(request.user).select_related("host").prefetch_related("runs")
+    if "seen" in request.GET:
+        return _profile_poll(request, mine)
+    wanted = _Filter(request.GET)
+    chosen = wanted.cleaned_data if wanted.is_valid() else {}
+    page = Paginator(_filtered(mine, chosen), PAGE_SIZE).get_page(request.GET.get("page"))
+    query = request.GET.copy()
+    query.pop("page", None)
+    context = {
+        "page": page,
+        "cards": _cards(page.object_list),
+        "filter": {name: chosen.get(name, "") for name in ("q", "state", "sort")},
+        "is_filtered": any(chosen.get(name) for name in ("q", "state")),
+        "states": [("", "All"), *((key, words) for key, (words, _) in STATES.items())],
+        "sorts": [(key, words) for key, (words, _) in SORTS.items()],
+        "query": query.urlencode(),
+    }
+    return render(request, "experiments/profile.html", context)
+
+
+def _filtered(mine: QuerySet[Experiment], chosen: dict[str, str]) -> QuerySet[Experiment]:
+    if words := chosen.get("q"):
+        mine = mine.filter(Q(name__icontains=words) | Q(notes__icontains=words))
+    if chosen.get("state"):
+        # By key, so that joining the runs neither doubles a row nor hides a run of one that stays.
+        matching = Experiment.objects.filter(STATES[chosen["state"]][1])
+        mine = mine.filter(pk__in=matching.values("pk"))
+    order = SORTS.get(chosen.get("sort") or "newest", SORTS["newest"])[1]
+    if "best" in order:
+        mine = mine.annotate(best=Min("runs__validation_cross_entropy"))
+    active = ModelRun.objects.filter(experiment=OuterRef("pk"), state__in=ACTIVE)
+    return mine.annotate(active_now=Exists(active)).order_by("-active_now", *order)
+
+
+def _cards(experiments: Any) -> list[Standing]:
+    found = standings(experiments)
+    totals = {each.run.pk: each.total for standing in found for each in standing.runs}
+    lines = sparks([[each.run for each in standing.runs] for standing in found], totals)
+    for standing in found:
+        for each in standing.runs:
+            each.spark = lines.get(each.run.pk, "")
+    return found
+
+
+def _profile_poll(request: HttpRequest, mine: QuerySet[Experiment]) -> HttpResponse:
+    seen = _seen(request)
+    shown = [pk for pk in (_uuid(text) for text in seen) if pk is not None]
+    found = standings(mine.filter(pk__in=shown[:PAGE_SIZE]))
+    changed = [standing for standing in found if seen[str(standing.experiment.pk)] != standing.version]
+    cards = _cards([standing.experiment for standing in changed]) if changed else []
+    pieces = [
+        render_to_string("experiments/profile.html#live", {"card": card, "oob": True}, request=request)
+        for card in cards
+    ]
+    return _pieces(pieces, settled=not any(standing.is_active for standing in found))
+
+
+# An experiment --------------------------------------------------------------------------------------------------------
+
+
+@require_safe
+def experiment(request: HttpRequest, pk: UUID) -> HttpResponse:
+    """An experiment's page. A poll (with `seen` marks) is answered with the sections that changed."""
+    return _experiment_page(request, _visible(request, pk))
+
+
+def _experiment_page(
+    request: HttpRequest, experiment: Experiment, form: _NameForm | None = None, status: int = 200
+) -> HttpResponse:
+    (standing,) = standings([experiment])
+    seen = _seen(request)
+    if seen.get("all") == standing.version:
+        return _pieces([], settled=not standing.is_active)
+    report = Report(standing, split=request.GET.get("split", ""))
+    context = {
+        "experiment": experiment,
+        "standing": standing,
+        "report": report,
+        "may_change": experiment.may_change(request.user),  # type: ignore[arg-type]
+        "logs": _logs(standing),
+        "files": _files(standing),
+    }
+    sections = {name: _section(request, name, context) for name in Report.SECTIONS}
+    if "seen" in request.GET:
+        pieces = [
+            render_to_string("experiments/experiment.html#piece", section, request=request)
+            for name, section in sections.items()
+            if seen.get(name) != section["mark"]
+        ]
+        pieces.append(render_to_string("experiments/experiment.html#version", {"standing": standing, "oob": True}))
+        return _pieces(pieces, settled=not standing.is_active)
+    context |= {
+        "sections": sections,
+        "form": form or _NameForm(instance=experiment),
+        "asks_delete": "delete" in request.GET,
+        "chart": _chart_settings(request),
+    }
+    return render(request, "experiments/experiment.html", context, status=status)
+
+
+def _section(request: HttpRequest, name: str, context: dict[str, Any]) -> dict[str, str]:
+    html = render_to_string(f"experiments/experiment.html#{name}", context, request=request)
+    # The token in a form is another one in every answer, and means the same.
+    bare = re.sub(r'name="csrfmiddlewaretoken" value="[^"]*"', "", html)
+    mark = hashlib.sha256(bare.encode()).hexdigest()[:10]
+    return {"name": name, "html": html, "mark": mark}
+
+
+def _chart_settings(request: HttpRequest) -> dict[str, Any]:
+    """What the address says of the chart; anything unknown falls back to what a first visit shows."""
+    get = request.GET
+
+    def one_of(name: str, *allowed: str) -> str:
+        return get[name] if get.get(name) in allowed else allowed[0]
+
+    return {
+        "y": one_of("y", *(name for name, _ in Report.FIGURES)),
+        "split": one_of("split", *Report.SPLITS),
+        "x": one_of("x", *(name for name, _ in Report.AXES)),
+        "charge": "charge" in get,
+        "logx": "logx" in get,
+        "logy": "logy" in get,
+        "smooth": get["smooth"] if re.fullmatch(r"0(\.\d{1,2})?", get.get("smooth", "")) else "",
+    }
+
+
+def _logs(standing: Standing) -> list[dict[str, str]]:
+    """The end of each model's log, as far as this machine can read it."""
+    found = []
+    for each in standing.runs:
+        text = _tail(each.run, LOG_TAIL)
+        if text:
+            found.append({"name": each.name, "text": text})
+    return found
+
+
+def _tail(run: ModelRun, most: int) -> str:
+    try:
+        with for_host(run.experiment.host).open_file(run, "log.txt") as file:
+            size = file.seek(0, io.SEEK_END)
+            file.seek(max(0, size - most))
+            text = file.read(most).decode(errors="replace")
+    except OSError:
+        return ""
+    # A progress bar rewrites its line with carriage returns; what was last on the line is what a person would see.
+    lines = [line.rsplit("\r", 1)[-1] for line in text.replace("\r\n", "\n").split("\n")]
+    return "\n".join(lines[1:] if size > most else lines).strip("\n")
+
+
+def _files(standing: Standing) -> list[dict[str, Any]]:
+    """Checkpoints and final models that can be downloaded, newest first."""
+    found = []
+    for each in standing.runs:
+        folders = sorted(each.run.directory.glob("checkpoints/step-*"), reverse=True)
+        for path in [each.run.directory / "model", *folders]:
+            if path.is_dir() and re.fullmatch(r"model|step-\d+", path.name):
+                size = sum(part.stat().st_size for part in path.rglob("*") if part.is_file())
+                found.append({"model": each.name, "colour": each.colour, "name": path.name, "bytes": size})
+    return found
+
+
+# Figures --------------------------------------------------------------------------------------------------------------
+
+
+@require_safe
+def metrics(request: HttpRequest, pk: UUID) -> HttpResponse:
+    """Curves for the chart. `after` is the place an earlier answer gave; unchanged since is answered with 304."""
+    experiment = _visible(request, pk)
+    (standing,) = standings([experiment])
+    known = request.GET.get("after", "")
+    etag = quote_etag(hashlib.sha256(f"{standing.version} {known}".encode()).hexdigest()[:20])
+    if (unchanged := get_conditional_response(request, etag=etag)) is not None:
+        return unchanged
+    runs = [each.run for each in standing.runs]
+    series = curves(runs, {run.name: total_steps(experiment, run) for run in runs})
+    reader = parse_place(known)
+    models = []
+    for each in standing.runs:
+        run, parts = each.run, {}
+        for split in Report.SPLITS:
+            curve = series[run.name, split]
+            start, points = increment(curve, reader.get((run.name, split)))
+            parts[split] = {"from": start, "total": curve.total, "shown": len(curve.points), **_columns(points)}
+        cost = {"step": run.step, "tokens": run.tokens, "flops": run.flops, "seconds": round(run.train_seconds, 2)}
+        about = {"name": run.name, "parent": each.parent or None, "colour": each.colour, "state": run.state}
+        models.append({**about, "cost": cost, "series": parts})
+    response = JsonResponse(
+        {"place": place(series), "active": standing.is_active, "models": models},
+        json_dumps_params={"separators": (",", ":")},
+    )
+    response["ETag"] = etag
+    response["Cache-Control"] = "private, no-cache"
+    return response
+
+
+def _columns(points: Any) -> dict[str, list[Any]]:
+    """Points by column; a column that holds nothing is left out."""
+    columns: dict[str, list[Any]] = {
+        "step": [point.step for point in points],
+        "tokens": [point.tokens for point in points],
+        "flops": [float(f"{point.flops:.5g}") for point in points],
+        "seconds": [round(point.seconds, 2) for point in points],
+        "loss": [None if point.loss is None else round(point.loss, 5) for point in points],
+    }
+    for name in ("accuracy", "bits_per_byte"):
+        values = [getattr(point, name) for point in points]
+        if any(value is not None for value in values):
+            columns[name] = [None if value is None else round(value, 5) for value in values]
+    return columns
+
+
+_CSV = ("split", "step", "tokens", "flops", "train_seconds", "cross_entropy", "bits_per_byte", "accuracy", "n_tokens")
+
+
+@require_safe
+def metrics_csv(request: HttpRequest, pk: UUID) -> HttpResponseBase:
+    """Every scalar of every model in one table, nothing left out."""
+    experiment = _visible(request, pk)
+    names = dict(experiment.runs.values_list("pk", "name"))
+    columns = (*_CSV, "lr", "grad_norm")
+
+    def rows() -> Iterator[str]:
+        line = io.StringIO()
+        write = csv.writer(line).writerow
+        write(("model", *columns))
+        points = Point.objects.filter(run__in=names).order_by("run__position", "split", "step")
+        for run, *values in points.values_list("run", *columns).iterator(chunk_size=5000):
+            write((names[run], *values))
+            if line.tell() > 32_000:
+                yield line.getvalue()
+                line.seek(0)
+                line.truncate()
+        yield line.getvalue()
+
+    response = StreamingHttpResponse(rows(), content_type="text/csv; charset=utf-8")
+    response["Content-Disposition"] = f'attachment; filename="kangaroo-{experiment.pk}.csv"'
+    return response
+
+
+@require_safe
+def spec_json(request: HttpRequest, pk: UUID) -> HttpResponse:
+    """The spec, ready for `python -m trainer run`."""
+    experiment = _visible(request, pk)
+    response = HttpResponse(json.dumps(experiment.spec_json, indent=1) + "\n", content_type="application/json")
+    response["Content-Disposition"] = f'attachment; filename="kangaroo-{experiment.pk}.json"'
+    return response
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+@require_safe
+def log(request: HttpRequest, pk: UUID, name: str) -> HttpResponse:
+    """The last megabyte of a model's log, as plain text."""
+    run = _run(request, pk, name)
+    return HttpResponse(_tail(run, 2**20) or "No log yet.", content_type="text/plain; charset=utf-8")
+
+
+@require_safe
+def checkpoint(request: HttpRequest, pk: UUID, name: str, checkpoint: str) -> HttpResponseBase:
+    """A checkpoint, or the final model, as a zip file: a Hugging Face folder. Made while it is sent."""
+    run = _run(request, pk, name)
+    if not re.fullmatch(r"model|step-\d+", checkpoint):
+        raise Http404
+    folder = run.directory / ("model" if checkpoint == "model" else f"checkpoints/{checkpoint}")
+    if not folder.is_dir() or not folder.resolve().is_relative_to(run.directory.resolve()):
+        raise Http404("No such checkpoint")
+    title = f"{run.name}-{checkpoint}"
+    response = StreamingHttpResponse(_zipped(folder, title), content_type="application/zip")
+    response["Content-Disposition"] = f'attachment; filename="{title}.zip"'
+    return response
+
+
+def _zipped(folder: Any, title: str) -> Iterator[bytes]:
+    """The files under `folder` as a zip, in pieces. Stored, not deflated: weights do not compress."""
+    out = _Pipe()
+    with zipfile.ZipFile(out, "w") as archive:
+        for path in sorted(folder.rglob("*")):
+            if path.is_symlink() or not path.is_file():
+                continue
+            with path.open("rb") as source, archive.open(f"{title}/{path.relative_to(folder)}", "w") as target:
+                while block := source.read(2**20):
+                    target.write(block)
+                    yield out.take()
+    yield out.take()
+
+
+class _Pipe(io.RawIOBase):
+    """What is written, to be taken out again: a file that cannot be sought, for zipfile to write to."""
+
+    def __init__(self) -> None:
+        self.parts: list[bytes] = []
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.parts.append(bytes(data))
+        return len(data)
+
+    def take(self) -> bytes:
+        taken = b"".join(self.parts)
+        self.parts.clear()
+        return taken
+
+
+# What may be done to it -----------------------------------------------------------------------------------------------
+
+
+@require_POST
+def edit(request: HttpRequest, pk: UUID) -> HttpResponse:
+    """Another name or other notes."""
+    experiment = _own(request, pk)
+    form = _NameForm(request.POST, instance=experiment)
+    if not form.is_valid():
+        return _experiment_page(request, _own(request, pk), form, status=422)
+    experiment.save(update_fields=["name", "notes"])
+    return redirect(experiment)
+
+
+@require_POST
+def stop(request: HttpRequest, pk: UUID) -> HttpResponse:
+    experiment = _own(request, pk)
+    jobs.request_stop(experiment)
+    messages.info(request, "What trains writes a checkpoint and ends; what waits is cancelled. Both can be resumed.")
+    return redirect(experiment)
+
+
+@require_POST
+def resume(request: HttpRequest, pk: UUID) -> HttpResponse:
+    experiment = _own(request, pk)
+    try:
+        resumed = jobs.resume(experiment)
+    except jobs.LimitReached as limit:
+        messages.error(request, str(limit))
+    else:
+        names = ", ".join(run.name for run in resumed)
+        messages.info(request, f"Queued again from the last checkpoint: {names}." if names else "Nothing to resume.")
+    return redirect(experiment)
+
+
+@require_POST
+def delete(request: HttpRequest, pk: UUID) -> HttpResponse:
+    experiment = _own(request, pk)
+    name = experiment.name
+    jobs.delete(experiment)
+    messages.info(request, f"“{name}” is deleted, with its curves, checkpoints and models.")
+    return redirect("profile")
+
+
+# Who may see what -----------------------------------------------------------------------------------------------------
+
+
+def _visible(request: HttpRequest, pk: UUID) -> Experiment:
+    visible = Experiment.objects.visible_to(request.user).select_related("host", "owner").prefetch_related("runs")
+    return get_object_or_404(visible, pk=pk)
+
+
+def _own(request: HttpRequest, pk: UUID) -> Experiment:
+    """An experiment that the person may change. One shown to all is no other's to change: for them it is not there."""
+    experiment = _visible(request, pk)
+    if not experiment.may_change(request.user):  # type: ignore[arg-type]
+        raise Http404("No such experiment")
+    return experiment
+
+
+def _run(request: HttpRequest, pk: UUID, name: str) -> ModelRun:
+    runs = ModelRun.objects.visible_to(request.user).select_related("experiment__host")
+    return get_object_or_404(runs, experiment=pk, name=name)
+
+
+# Polls ----------------------------------------------------------------------------------------------------------------
+
+
+def _seen(request: HttpRequest) -> dict[str, str]:
+    """The marks that a poll brings back: `seen=name:mark`, one for each section."""
+    pairs = (text.partition(":") for text in request.GET.getlist("seen"))
+    return {name: mark for name, _, mark in pairs}
+
+
+def _pieces(pieces: Sequence[str], *, settled: bool) -> HttpResponse:
+    """The answer to a poll. When `settled`, the page hears that there is nothing left to wait for."""
+    response = HttpResponse("\n".join(pieces), status=200 if pieces else 204)
+    if settled:
+        response["HX-Trigger"] = "kangaroo:settled"
+    response["Cache-Control"] = "no-store"
+    patch_vary_headers(response, ["HX-Request"])
+    return response
+
+
+def _uuid(text: str) -> UUID | None:
+    try:
+        return UUID(text)
+    except ValueError:
+        return None

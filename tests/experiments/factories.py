@@ -69,8 +69,10 @@ def make_experiment(
     spec: dict[str, Any] | None = None,
     **fields: Any,
 ) -> Experiment:
-    """An experiment with a row a model. `states` gives single models another state than `state`; `until` says how far
-    those that began have come; `points` training points are on a whole curve (and one validation point an `eval_every`).
+    """An experiment with a row a model.
+
+    `states` gives single models another state than `state`; `until` says how far those that began have come; a whole
+    curve has `points` training points, and a validation point every `eval_every` steps.
     """
     spec = spec or make_spec(name, steps=steps, eval_every=eval_every)
     experiment: Experiment = Experiment.objects.create(

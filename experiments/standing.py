@@ -1,0 +1,321 @@
+"""How an experiment stands: its rows as what pages say of them.
+
+standings(experiments)    state, progress, time left, runtime of each, in a fixed number of queries
+compared(experiment, ...) the rows and curves as :mod:`experiments.compare` wants them
+promise(run)              whether growth kept what its plan promised
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from typing import Any
+
+from django.db.models import Q
+from django.utils import timezone
+
+from experiments import compare
+from experiments.curves import Key, Series
+from experiments.models import Experiment, ModelRun, Reason, State
+from trainer.spec import ExperimentSpec, GrowInit, TrainSpec
+
+#: Which of its runs speaks for an experiment: what needs attention first.
+_SPEAKS = (State.RUNNING, State.QUEUED, State.FAILED, State.CANCELLED, State.SUCCEEDED)
+_OWN_COLOURS = frozenset({"small", "scaled", "large"})
+
+#: What a person can do about a failure.
+ADVICE: dict[str, str] = {
+    Reason.DIVERGED: "Try a lower learning rate or a longer warm-up in a new experiment that starts from this one.",
+    Reason.OUT_OF_MEMORY: "Try a smaller batch or context, or stop other runs on this host; then resume.",
+    Reason.KILLED: "Resume it: it goes on from its last checkpoint.",
+    Reason.LOST: "Resume it: it goes on from its last checkpoint.",
+    Reason.DISK_FULL: "Delete experiments that are no longer needed; then resume.",
+    Reason.BAD_DATA: "Check the dataset's name, file and text column, in a new experiment that starts from this one.",
+    Reason.BAD_CHECKPOINT: "Check the checkpoint's path or name, in a new experiment that starts from this one.",
+    Reason.PARENT_ENDED: "Resume the experiment: the model it is grown from is queued with it.",
+    Reason.STOPPED: "Resume it: it goes on from its last checkpoint.",
+    Reason.ERROR: "The log says more. Resume it once the cause is gone.",
+}
+
+
+@dataclass
+class RunStanding:
+    """One model run as it stands. Times are in seconds; None where nothing is known."""
+
+    run: ModelRun
+    total: int | None
+    colour: str  # of its line, everywhere: model-<colour> in the style sheet
+    parent: str = ""
+    place: int | None = None  # in its host's line
+    spark: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.run.name
+
+    @property
+    def share(self) -> float | None:
+        """0 to 1; None while it is unknown how long the run is."""
+        if self.run.state == State.SUCCEEDED:
+            return 1.0
+        return min(1.0, self.run.step / self.total) if self.total else None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the pace so far."""
+        run = self.run
+        if run.state != State.RUNNING or not run.step or not run.train_seconds or not self.total:
+            return None
+        return max(0.0, (self.total - run.step) * run.train_seconds / run.step)
+
+    @property
+    def words(self) -> str:
+        """Its reason, and what that needs to be understood."""
+        run = self.run
+        if run.state == State.QUEUED and self.place is not None:
+            return f"waiting for a free place on the host: number {self.place} in line"
+        if run.state == State.QUEUED and run.reason == Reason.WAITING_FOR_PARENT and self.parent:
+            return f"waiting for {self.parent}"
+        if run.reason == Reason.PREPARING and run.preparing:
+            return _preparing(run.preparing)
+        return Reason(run.reason).label
+
+    @property
+    def advice(self) -> str:
+        return ADVICE.get(self.run.reason, "") if self.run.state in (State.FAILED, State.CANCELLED) else ""
+
+    @property
+    def runtime(self) -> float | None:
+        return _seconds(self.run.started_at, self.run.ended_at)
+
+
+@dataclass
+class Standing:
+    """An experiment as it stands."""
+
+    experiment: Experiment
+    runs: list[RunStanding]
+
+    @cached_property
+    def speaker(self) -> ModelRun | None:
+        """The run whose state and reason stand for the whole."""
+        return min((each.run for each in self.runs), key=lambda run: _SPEAKS.index(State(run.state)), default=None)
+
+    @property
+    def speaks(self) -> RunStanding | None:
+        return next((each for each in self.runs if each.run is self.speaker), None)
+
+    @property
+    def is_active(self) -> bool:
+        return any(each.run.is_active for each in self.runs)
+
+    @property
+    def is_resumable(self) -> bool:
+        return any(each.run.is_resumable for each in self.runs)
+
+    @property
+    def is_stopping(self) -> bool:
+        active = [each.run for each in self.runs if each.run.is_active]
+        return bool(active) and all(run.stop_requested for run in active)
+
+    @property
+    def share(self) -> float | None:
+        """Of all steps of all models, each step weighed by its model's FLOPs where they are known."""
+        shares = [(each.share, self._weight(each)) for each in self.runs]
+        known = [(share, weight) for share, weight in shares if share is not None]
+        if len(known) < len(shares) or not known:
+            return None
+        return sum(share * weight for share, weight in known) / sum(weight for _, weight in known)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Until the last model is done, if all goes on at the pace of those that train now; rough.
+
+        A model that waits begins when its parent is done. None while a pace is unknown.
+        """
+        paces = [run.flops / run.train_seconds for run in self._runs if run.train_seconds and run.flops]
+        if not self.is_active or not paces:
+            return None
+        pace = sum(paces) / len(paces)
+        ends: dict[int | None, float] = {None: 0.0}
+        for each in sorted(self.runs, key=lambda each: (each.run.parent_id is not None, each.run.position)):
+            run = each.run
+            if not run.is_active:
+                ends[run.pk] = 0.0
+            elif each.seconds_left is not None:
+                ends[run.pk] = each.seconds_left
+            elif each.total and (weight := self._flops_a_step(each)):
+                ends[run.pk] = ends.get(run.parent_id, 0.0) + (each.total - run.step) * weight / pace
+            else:
+                return None
+        return max(ends.values())
+
+    @property
+    def runtime(self) -> float | None:
+        starts = [run.started_at for run in self._runs if run.started_at]
+        ends = [run.ended_at for run in self._runs if run.ended_at]
+        if not starts:
+            return None
+        return _seconds(min(starts), None if self.is_active or not ends else max(ends))
+
+    @property
+    def disk_bytes(self) -> int:
+        return sum(run.disk_bytes for run in self._runs)
+
+    @cached_property
+    def version(self) -> str:
+        """Changes whenever anything that a page shows of the experiment does."""
+        seen: list[Any] = [self.experiment.name, self.experiment.notes, self.experiment.is_public]
+        for each in self.runs:
+            run = each.run
+            seen.append((run.state, run.reason, run.detail, run.last_seq, run.attempt, run.stop_requested))
+            seen.append((run.disk_bytes, each.place))
+        return hashlib.sha256(repr(seen).encode()).hexdigest()[:12]
+
+    @property
+    def _runs(self) -> list[ModelRun]:
+        return [each.run for each in self.runs]
+
+    def _flops_a_step(self, each: RunStanding) -> float | None:
+        prepared = each.run.prepared or {}
+        if prepared.get("flops_per_token") and prepared.get("tokens_per_step"):
+            return float(prepared["flops_per_token"] * prepared["tokens_per_step"])
+        shape = self.experiment.spec_json["models"].get(each.name, {}).get("shape")
+        twin = next((other for other in self.runs if other.run.prepared and self._shape(other) == shape), None)
+        return self._flops_a_step(twin) if twin and shape else None
+
+    def _shape(self, each: RunStanding) -> Any:
+        return self.experiment.spec_json["models"].get(each.name, {}).get("shape")
+
+    def _weight(self, each: RunStanding) -> float:
+        return (self._flops_a_step(each) or 1.0) * (each.total or 1)
+
+
+def standings(experiments: Iterable[Experiment]) -> list[Standing]:
+    """Each experiment with its runs, which should have been prefetched. One query, and only if something is queued."""
+    found = []
+    for experiment in experiments:
+        runs = sorted(experiment.runs.all(), key=lambda run: run.position)
+        names = {run.pk: run.name for run in runs}
+        others = [run.name for run in runs if run.name not in _OWN_COLOURS]
+        standing = Standing(experiment, [])
+        for run in runs:
+            colour = run.name if run.name in _OWN_COLOURS else f"other-{others.index(run.name) % 5 + 1}"
+            parent = names.get(run.parent_id or 0, "")
+            standing.runs.append(RunStanding(run, total_steps(experiment, run), colour, parent))
+        found.append(standing)
+    queued = [each for standing in found for each in standing.runs if each.run.state == State.QUEUED]
+    if queued:
+        hosts = {standing.experiment.host_id for standing in found}
+        places = _places(hosts)
+        for each in queued:
+            each.place = places.get(each.run.pk)
+    return found
+
+
+def total_steps(experiment: Experiment, run: ModelRun) -> int | None:
+    """Steps of the whole run: as its trainer said, else as the spec says without knowing the data's size."""
+    if run.total_steps is not None:
+        return run.total_steps
+    own = experiment.spec_json.get("models", {}).get(run.name, {}).get("train") or {}
+    train = {**experiment.spec_json.get("train", {}), **own}
+    most = train.get("max_steps", TrainSpec.model_fields["max_steps"].default)
+    return most if train.get("num_epochs") is None else None
+
+
+def _places(hosts: Iterable[int]) -> dict[int, int]:
+    """The place in its host's line of every run that only waits for one, by the run's key."""
+    waiting = (
+        ModelRun.objects.filter(state=State.QUEUED, stop_requested=False, experiment__host__in=hosts)
+        .filter(Q(parent=None) | Q(parent__state=State.SUCCEEDED))
+        .order_by("queued_at", "pk")
+        .values_list("pk", "experiment__host_id")
+    )
+    counts: dict[int, int] = {}
+    found = {}
+    for pk, host in waiting:
+        counts[host] = counts.get(host, 0) + 1
+        found[pk] = counts[host]
+    return found
+
+
+def compared(
+    spec: ExperimentSpec, runs: Sequence[ModelRun], validation: dict[Key, Series], eval_tokens: dict[str, int | None]
+) -> list[compare.Model]:
+    """The models of an experiment for :func:`experiments.compare.verdicts`.
+
+    `validation` holds every evaluation, unless there are more than one in a bucket of the chart: then the lowest and
+    highest of each, so that a crossing may lie one bucket off.
+    """
+    found = []
+    for run in runs:
+        model = spec.models[run.name]
+        prepared = run.prepared or {}
+        curve = validation.get((run.name, "validation"))
+        found.append(
+            compare.Model(
+                name=run.name,
+                state=run.state,  # type: ignore[arg-type]
+                init=model.init.kind,
+                parent=model.init.parent if isinstance(model.init, GrowInit) else None,
+                shape=(model.family, model.shape, model.tie_embeddings) if model.shape else (run.name,),
+                evaluations=[
+                    compare.Evaluation(compare.Cost(at.step, at.tokens, at.flops, at.seconds), at.loss)
+                    for at in (curve.points if curve else ())
+                ],
+                cost=compare.Cost(run.step, run.tokens, run.flops, run.train_seconds),
+                settings=spec.train_of(run.name).model_dump(),
+                why=Reason(run.reason).label,
+                fingerprint=prepared.get("data_fingerprint"),
+                eval_tokens=eval_tokens.get(run.name),
+                device=prepared.get("device_name") or prepared.get("device"),
+                precision=prepared.get("precision"),
+            )
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What growth did at step 0, held against what its plan promised for these shapes."""
+
+    kept: bool | None  # None: nothing was promised
+    relative: float | None  # largest logit difference over the largest logit
+    tolerance: float
+    words: str
+
+
+def promise(grown: dict[str, Any], precision: str | None) -> Promise:
+    """A preserving plan must leave the logits as they were, up to rounding: 1e-4 of the largest logit in float32.
+
+    Measured in bfloat16, with its 8 bits, 2e-2.
+    """
+    tolerance = 2e-2 if precision == "bf16" else 1e-4
+    difference, scale = grown.get("max_logit_difference"), grown.get("logit_scale")
+    relative = difference / scale if difference is not None and scale else None
+    if not grown.get("preserves"):
+        return Promise(None, relative, tolerance, "These rules promise nothing for these shapes.")
+    if relative is None:
+        return Promise(None, relative, tolerance, "It was promised to preserve the function, but was not measured.")
+    if relative <= tolerance:
+        return Promise(True, relative, tolerance, "Promised to preserve the function, and did.")
+    return Promise(
+        False,
+        relative,
+        tolerance,
+        "Promised to preserve the function, and did not: the logits differ by more than rounding.",
+    )
+
+
+def _preparing(event: dict[str, Any]) -> str:
+    what, done, total = event.get("what", "preparing"), event.get("done"), event.get("total")
+    if done is not None and total:
+        return f"{what}: {done:,} of {total:,}"
+    return f"{what}: {done:,}" if done is not None else str(what)
+
+
+def _seconds(start: datetime | None, end: datetime | None) -> float | None:
+    return max(0.0, ((end or timezone.now()) - start).total_seconds()) if start else None
