@@ -20,7 +20,6 @@ from django.http import HttpRequest
 from django.utils import timezone
 
 from accounts.models import User
-from accounts.signals import remove
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +59,8 @@ def purge() -> int:
     removed = 0
     for guest in User.objects.filter(is_guest=True, last_active__lt=idle_since):
         # One at a time, asked again just before: a guest may have come back or signed up meanwhile.
-        if User.objects.filter(pk=guest.pk, is_guest=True, last_active__lt=idle_since).exists():
-            remove(guest)
-            removed += 1
+        with transaction.atomic():
+            if User.objects.select_for_update().filter(pk=guest.pk, is_guest=True, last_active__lt=idle_since).exists():
+                guest.delete()
+                removed += 1
     return removed

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import shutil
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 from allauth.account.models import EmailAddress
@@ -18,11 +21,11 @@ from pytest_django import Settings
 
 from accounts import guests
 from accounts.models import User
-from accounts.signals import leaving
 from experiments.models import Experiment, Host
 from tests.accounts.conftest import PASSWORD
 
 Who = Callable[[Client], int | None]
+OnDisk = Callable[[Experiment], Path]
 SIGN_UP = {"email": "new@example.org", "password1": PASSWORD, "password2": PASSWORD}
 
 
@@ -38,17 +41,20 @@ def work_of(user: User) -> Experiment:
 
 
 @pytest.fixture
-def left() -> Iterator[list[int]]:
-    """Whose leaving was announced, as heard by somebody who keeps things for users."""
-    heard: list[int] = []
+def on_disk() -> Iterator[Callable[[Experiment], Path]]:
+    """Put something into an experiment's directory, and take it away again if nobody else did."""
+    made: list[Path] = []
 
-    def hear(user: User, **_: object) -> None:
-        assert User.objects.filter(pk=user.pk).exists(), "the row is still there when its keepers clean up"
-        heard.append(user.pk)
+    def on_disk(experiment: Experiment) -> Path:
+        directory = experiment.directory
+        directory.mkdir(parents=True)
+        (directory / "spec.json").write_text("{}")
+        made.append(directory)
+        return directory
 
-    leaving.connect(hear)
-    yield heard
-    leaving.disconnect(hear)
+    yield on_disk
+    for directory in made:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def test_the_first_post_that_needs_an_owner_makes_a_guest_and_the_next_finds_it() -> None:
@@ -109,15 +115,17 @@ def test_a_guest_cannot_take_over_an_account_by_signing_up_with_its_address(
     assert ada.check_password(PASSWORD)
 
 
+@pytest.mark.django_db(transaction=True)
 def test_signing_in_moves_all_of_the_guests_work_and_removes_the_empty_guest(
-    as_guest: Client, guest: User, ada: User, who: Who, left: list[int]
+    as_guest: Client, guest: User, ada: User, who: Who, on_disk: OnDisk
 ) -> None:
     theirs, hers = work_of(guest), work_of(ada)
+    directory = on_disk(theirs)
     as_guest.post("/accounts/login/", {"login": ada.email, "password": PASSWORD})
     assert who(as_guest) == ada.pk
     assert set(Experiment.objects.filter(owner=ada)) == {theirs, hers}
     assert not User.objects.filter(pk=guest.pk).exists()
-    assert left == [], "nobody left, so nothing may be cleaned up"
+    assert directory.exists(), "nobody left, so nothing may be cleaned up"
 
 
 def test_a_wrong_password_moves_nothing(as_guest: Client, guest: User, ada: User) -> None:
@@ -161,16 +169,19 @@ def test_the_pages_open_to_a_guest_say_what_a_guest_needs_to_know(as_guest: Clie
     assert "30 idle days" in page
 
 
-def test_only_guests_who_stayed_away_for_long_are_purged(ada: User, left: list[int]) -> None:
+@pytest.mark.django_db(transaction=True)
+def test_only_guests_who_stayed_away_for_long_are_purged_and_their_disk_is_freed(ada: User, on_disk: OnDisk) -> None:
     old = timezone.now() - timedelta(days=31)
     idle, lately = User.objects.create_guest(), User.objects.create_guest()
+    work, kept = on_disk(work_of(idle)), on_disk(work_of(lately))
     User.objects.filter(pk__in=[idle.pk, ada.pk]).update(last_active=old)
     User.objects.filter(pk=lately.pk).update(last_active=timezone.now() - timedelta(days=29))
-    work, idle_pk = work_of(idle), idle.pk
-    call_command("purge_guests")
+    said = io.StringIO()
+    call_command("purge_guests", stdout=said)
+    assert said.getvalue() == "1 guest removed who was idle for more than 30 days\n"
     assert set(User.objects.all()) == {ada, lately}
-    assert left == [idle_pk]
-    assert not Experiment.objects.filter(pk=work.pk).exists()
+    assert Experiment.objects.count() == 1
+    assert (work.exists(), kept.exists()) == (False, True)
 
 
 def test_being_here_is_noted_once_an_hour(as_guest: Client, guest: User) -> None:
@@ -185,23 +196,24 @@ def test_being_here_is_noted_once_an_hour(as_guest: Client, guest: User) -> None
     assert guest.last_active == first
 
 
+@pytest.mark.django_db(transaction=True)
 def test_an_account_is_deleted_with_all_its_work_once_the_password_is_given(
-    signed_in: Client, ada: User, left: list[int], who: Who
+    signed_in: Client, ada: User, who: Who, on_disk: OnDisk
 ) -> None:
-    work = work_of(ada)
+    directory = on_disk(work_of(ada))
     page = signed_in.get("/accounts/delete/").content.decode()
     assert "all experiments" in page
     assert "Nobody can bring any of it back" in page
     refused = signed_in.post("/accounts/delete/", {"password": "wrong"})
     assert "not the password of this account" in refused.content.decode()
     assert User.objects.filter(pk=ada.pk).exists()
-    assert left == []
+    assert directory.exists()
 
     response = signed_in.post("/accounts/delete/", {"password": PASSWORD}, follow=True)
     assert "The account and everything in it are deleted" in response.content.decode()
-    assert not User.objects.filter(pk=ada.pk).exists()
-    assert not Experiment.objects.filter(pk=work.pk).exists()
-    assert left == [ada.pk]
+    assert not User.objects.exists()
+    assert not Experiment.objects.exists()
+    assert not directory.exists()
     assert who(signed_in) is None
 
 

@@ -14,4 +14,6 @@ class Command(BaseCommand):
     help = __doc__ or ""
 
     def handle(self, *args: Any, **options: Any) -> None:
-        self.stdout.write(f"{purge()} guests removed who were idle for more than {settings.GUEST_IDLE_DAYS} days")
+        n = purge()
+        who = "guest removed who was" if n == 1 else "guests removed who were"
+        self.stdout.write(f"{n} {who} idle for more than {settings.GUEST_IDLE_DAYS} days")
