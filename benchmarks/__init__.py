@@ -1,0 +1,1 @@
+"""What is measured, and how. `python -m benchmarks` lists the scripts; README.md holds the last figures."""
