@@ -130,7 +130,7 @@ def _because_it_is_kept(parent: Shape, child: Shape) -> str:
     grown, new = _grown(parent, child), child.n_layers - parent.n_layers
     clauses = []
     if grown:
-        clauses.append(f"what is new in {joined(grown)} is read so that it adds up to what the parent computes")
+        clauses.append(f"what is new along {joined(grown)} is read so that it adds up to the parent's values")
     if new:
         blocks = f"the {new} new blocks write" if new > 1 else "the new block writes"
         clauses.append(f"{blocks} nothing to the residual stream yet")

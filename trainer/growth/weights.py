@@ -31,7 +31,7 @@ _STORED: dict[str, np.dtype[Any]] = {
 EPSILON = {"F64": 2.0**-53, "F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}
 
 
-class CheckpointError(ValueError):
+class SourceError(ValueError):
     """A folder that is no readable Hugging Face checkpoint; the message names the file and what would be right."""
 
 
@@ -75,11 +75,10 @@ class Weights:
 
     def __init__(self, folder: Path):
         self.tensors: dict[str, Tensor] = {}
-        self.metadata: dict[str, str] = {}
         for path in _files(folder):
             for name, tensor in self._read(path):
                 if name in self.tensors:
-                    raise CheckpointError(f"{path}: holds {name}, which another shard holds too")
+                    raise SourceError(f"{path}: holds {name}, which another shard holds too")
                 self.tensors[name] = tensor
 
     def _read(self, path: Path) -> Iterator[tuple[str, Tensor]]:
@@ -87,19 +86,22 @@ class Weights:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= size - 8:
-                raise CheckpointError(f"{path}: is not a whole safetensors file")
+                raise SourceError(f"{path}: is not a whole safetensors file")
             try:
                 header = json.loads(file.read(length))
             except ValueError:
-                raise CheckpointError(f"{path}: its header is not JSON; is it a safetensors file?") from None
+                raise SourceError(f"{path}: its header is not JSON; is it a safetensors file?") from None
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self.metadata |= header.pop("__metadata__", {})
+        header.pop("__metadata__", None)
         for name, entry in header.items():
-            dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            try:
+                dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            except (KeyError, TypeError, ValueError):
+                raise SourceError(f"{path}: says nothing readable about {name}") from None
             if dtype not in _STORED:
                 continue  # masks and counters; a weight that is missed for it is named by the reader
             if end - start != prod(shape) * itemsize(dtype) or not 0 <= start <= end <= size - 8 - length:
-                raise CheckpointError(f"{path}: {name} reaches past the file; is the download complete?")
+                raise SourceError(f"{path}: {name} reaches past the file; is the download complete?")
             raw = np.frombuffer(mapped, _STORED[dtype], prod(shape), 8 + length + start).reshape(shape)
             yield name, Tensor(raw, dtype)
 
@@ -109,16 +111,19 @@ def _files(folder: Path) -> list[Path]:
     if whole.is_file():
         return [whole]
     if index.is_file():
-        shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        try:
+            shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise SourceError(f"{index}: has no weight_map of tensors to files") from None
         for shard in shards:
             if Path(shard).name != shard or not (folder / shard).is_file():
-                raise CheckpointError(f"{index}: names {shard}, which is not in the folder")
+                raise SourceError(f"{index}: names {shard}, which is not in the folder")
         return [folder / shard for shard in shards]
     if any(folder.glob("*.bin")):
-        raise CheckpointError(
+        raise SourceError(
             f"{folder}: holds pickled weights (.bin), which can run code when read; save the model with safetensors"
         )
-    raise CheckpointError(f"{folder}: has neither model.safetensors nor model.safetensors.index.json")
+    raise SourceError(f"{folder}: has neither model.safetensors nor model.safetensors.index.json")
 
 
 def write_safetensors(

@@ -100,7 +100,7 @@ class Duplicate:
     about: ClassVar[Operator] = Operator(
         "duplicate",
         "Duplication",
-        "Copies every channel, unit and head a whole number of times: the larger model computes what the small one does.",
+        "Copies every channel, unit and head a whole number of times: the large model computes what the small does.",
         "Samragh et al. 2024, HyperCloning; Chen et al. 2021, bert2BERT (arXiv 2110.07143)",
         "https://arxiv.org/abs/2409.12903",
     )
