@@ -21,7 +21,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trainer.spec import ExperimentSpec, Shape
+    from trainer.spec import ExperimentSpec
 
 #: The variables by which the libraries underneath learn how many threads to use; read when they are loaded.
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
@@ -66,10 +66,11 @@ def _parser() -> argparse.ArgumentParser:
 
     grow = commands.add_parser("grow", help="grow a checkpoint and nothing else")
     grow.add_argument("source", type=Path, metavar="SOURCE", help="a Hugging Face folder with safetensors")
-    grow.add_argument("--shape", required=True, metavar="FIELD=N,...", help="as in d_model=512,n_layers=4")
+    grow.add_argument("--shape", required=True, metavar="FIELD=N,...", help="as in d_model=512,n_layers=2x")
     grow.add_argument("--width", default="duplicate", metavar="RULE")
     grow.add_argument("--depth", default="identity", metavar="RULE")
     grow.add_argument("--init-range", type=float, default=0.02, metavar="STD", help="of what is drawn anew")
+    grow.add_argument("--noise", type=float, default=1.0, metavar="SIZE", help="unseen, to tell copies apart; 0: none")
     grow.add_argument("--seed", type=int, default=0)
     grow.add_argument("--out", type=Path, required=True, metavar="DIR")
     grow.set_defaults(command=_grow)
@@ -252,47 +253,48 @@ def _grow(given: argparse.Namespace) -> int:
     from pydantic import ValidationError
 
     from trainer.families import FamilyError, family_of, read_config
-    from trainer.growth import GrowthError, plan
+    from trainer.growth import GrowthError, plan, resolve_shape
+    from trainer.growth.apply import SourceError, grow_checkpoint
     from trainer.spec import GrowInit, problems_of
 
     try:
         config = read_config(given.source)
         family = family_of(config)
         parent, n_positions, d_vocab, tied = family.shape_of(config)
-        init = GrowInit(parent="source", width=given.width, depth=given.depth, init_range=given.init_range)
-        child = _reshaped(parent, given.shape)
+        init = GrowInit(
+            parent="source", width=given.width, depth=given.depth, init_range=given.init_range, noise=given.noise
+        )
+        child = resolve_shape(family.name, parent, _changes(given.shape))
         growth = plan(family.name, parent, child, init, n_positions=n_positions, d_vocab=d_vocab, tied=tied)
+        grow_checkpoint(given.source, given.out, growth, given.seed)
     except ValidationError as error:
         for problem in problems_of(error):
             print(f"--{problem}", file=sys.stderr)
         return 2
     except GrowthError as error:
-        print(f"{error.field} {error.value!r}: {error.message}", file=sys.stderr)
+        print(f"--{error}", file=sys.stderr)
         return 2
-    except (FamilyError, ValueError) as error:
+    except FileExistsError as error:
+        print(f"--out: {error}", file=sys.stderr)
+        return 2
+    except (FamilyError, SourceError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
-    if given.out.exists():
-        print(f"--out {given.out}: is there already; choose a folder that is not.", file=sys.stderr)
-        return 2
-    from trainer.growth.apply import grow_checkpoint
-
-    grow_checkpoint(given.source, given.out, growth, given.seed)
     print(f"{given.out}: {growth.because}")
     for warning in growth.warnings:
         print(warning)
     return 0
 
 
-def _reshaped(shape: Shape, changes: str) -> Shape:
-    """`shape` with changes written as `d_model=512,n_layers=4`. Raises ValueError, naming what is wrong."""
-    held = shape.model_dump()
-    for change in changes.split(","):
+def _changes(text: str) -> dict[str, str]:
+    """`d_model=512,n_layers=2x` as a mapping. Raises ValueError, naming what is wrong."""
+    changes = {}
+    for change in text.split(","):
         field, equals, value = change.partition("=")
-        if not equals or field.strip() not in held:
-            raise ValueError(f"--shape {change!r}: write FIELD=NUMBER; the fields are {', '.join(held)}")
-        held[field.strip()] = value.strip()
-    return type(shape).model_validate(held)
+        if not equals:
+            raise ValueError(f"--shape {change!r}: write FIELD=NUMBER or FIELD=TIMESx, as in d_model=512,n_layers=2x")
+        changes[field.strip()] = value.strip()
+    return changes
 
 
 if __name__ == "__main__":

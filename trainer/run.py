@@ -336,8 +336,7 @@ def _grown(
     spec: ExperimentSpec, name: str, directory: Path, prepared: Prepared, device: torch.device
 ) -> tuple[Any, Fields]:
     from trainer import evaluate
-    from trainer.growth.apply import grow_checkpoint
-    from trainer.growth.weights import CheckpointError as UngrowableError
+    from trainer.growth.apply import SourceError, grow_checkpoint
 
     model = spec.models[name]
     assert isinstance(model.init, GrowInit)
@@ -362,7 +361,7 @@ def _grown(
     try:
         grow_checkpoint(source, weights, growth, settings.seed)
         child = _load(weights, device)
-    except UngrowableError as error:
+    except (FamilyError, GrowthError, SourceError) as error:
         raise CheckpointError(f"{name} cannot be grown from {source}: {error}") from error
     finally:
         shutil.rmtree(weights, ignore_errors=True)

@@ -49,22 +49,16 @@ def resolve_shape(family: str, parent: Shape, changes: Mapping[str, int | float 
 
 
 def _number(parent: Shape, field: str, value: int | float | str) -> int | float:
-    right = 'a number, or a factor such as "2x", would be right'
     if not isinstance(value, str):
         return value
     try:
-        if value.endswith("x"):
-            number = float(value[:-1]) * (
-                parent.layer_norm_eps if field == "layer_norm_eps" else size_of(parent, field)
-            )
-        else:
-            number = float(value)
+        number = float(value.removesuffix("x"))
     except ValueError:
-        raise GrowthError(f"shape.{field}", right, value) from None
+        raise GrowthError(f"shape.{field}", 'must be a number, or a factor such as "2x"', value) from None
     if value.endswith("x"):
         number *= parent.layer_norm_eps if field == "layer_norm_eps" else size_of(parent, field)
     if field == "layer_norm_eps":
         return number
-    if number != int(number):
+    if not number.is_integer():
         raise GrowthError(f"shape.{field}", f"comes to {number:g}, and must be a whole number", value)
     return int(number)
