@@ -68,7 +68,7 @@ def command() -> list[str]:
         "save": "",
         "maxmemory-policy": "noeviction",
         "daemonize": "no",
-        "loglevel": "warning",
+        "logfile": str(settings.BROKER_DIR / "broker.log"),
     }
     return [str(program), *(part for name, value in options.items() for part in (f"--{name}", value))]
 

@@ -445,7 +445,9 @@ def _conclude(run: ModelRun, status: Status) -> None:
     elif last and kind == "failed":
         _settle(run, State.FAILED, Reason(last.data["reason"]), detail=last.data["message"])
     elif kind == "stopped" or run.stop_requested:
-        by_whom = "" if run.stop_requested else "The process was asked to end from outside, as when a machine shuts down."
+        by_whom = (
+            "" if run.stop_requested else "The process was asked to end from outside, as when a machine shuts down."
+        )
         _settle(run, State.CANCELLED, Reason.STOPPED, detail=by_whom)
     else:
         reason, detail = _why(status)
@@ -459,7 +461,9 @@ def _why(status: Status) -> tuple[Reason, str]:
         return Reason.LOST, "No process was ever started in the run directory."
     lines = ended.get("log", "")
     if ended.get("lost"):
-        return Reason.KILLED, _with("The process and its supervisor are gone and left no word of how they ended.", lines)
+        return Reason.KILLED, _with(
+            "The process and its supervisor are gone and left no word of how they ended.", lines
+        )
     if ended.get("out_of_memory"):
         return Reason.OUT_OF_MEMORY, _with("The system killed the process because memory had run out.", lines)
     if ended.get("signal"):

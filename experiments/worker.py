@@ -27,7 +27,7 @@ if not apps.ready:
 
 from django.db import connections
 from redis.exceptions import ConnectionError as BrokerGone, TimeoutError as BrokerSlow
-from rq import Queue, Retry, Worker as RqWorker, get_current_connection
+from rq import Queue, Retry, Worker as RqWorker, get_current_job
 from rq.executions import Execution
 from rq.job import Job
 
@@ -50,10 +50,11 @@ def follow(run_id: int, attempt: int) -> Retry | None:
 
 def _await_broker() -> None:
     """A job that ends while the broker is away would count as lost, and be done once more."""
-    broker = get_current_connection()
+    job = get_current_job()
+    assert job is not None
     for _ in range(600):
         try:
-            broker.ping()
+            job.connection.ping()
             return
         except (BrokerGone, BrokerSlow):
             if _detached:

@@ -12,6 +12,7 @@ log = logging.getLogger(__name__)
 
 class Command(BaseCommand):
     help = "Ring for every run that is wanted and has nobody to follow it. Once, or with --every, again and again."
+    requires_system_checks = []  # it serves no pages; `up` has checked
 
     def add_arguments(self, parser: CommandParser) -> None:
         parser.add_argument("--every", type=float, metavar="SECONDS", help="repeat for ever")

@@ -9,6 +9,7 @@ from experiments.worker import Worker
 
 class Command(BaseCommand):
     help = "Take jobs from the queue and follow the runs they name, until told to end."
+    requires_system_checks = []  # it serves no pages; `up` has checked
 
     def add_arguments(self, parser: CommandParser) -> None:
         parser.add_argument("queues", nargs="*", default=["default"], metavar="QUEUE")

@@ -1,0 +1,3 @@
+from tests.live import live, queue, trainers
+
+__all__ = ["live", "queue", "trainers"]
