@@ -40,6 +40,10 @@ class User(AbstractUser):
     def __str__(self) -> str:
         return self.name or self.email or f"guest {self.pk}"
 
+    def clean(self) -> None:
+        super().clean()  # which writes "" for no address, and a second guest could not have that
+        self.email = self.email.lower() if self.email else None
+
     def get_full_name(self) -> str:
         return str(self)
 

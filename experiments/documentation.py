@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 from django.conf import settings
@@ -52,7 +53,7 @@ def _page(name: str, changed: int) -> Page:
     markdown = MarkdownIt("commonmark", {"html": False}).enable("table").use(anchors_plugin, max_level=4)
     tokens = markdown.parse(_path(name).read_text(encoding="utf-8"))
     title, sections = name, []
-    for token, inside in zip(tokens, tokens[1:], strict=False):
+    for token, inside in pairwise(tokens):
         if token.type == "heading_open":
             text = "".join(t.content for t in inside.children or [] if t.type in ("text", "code_inline"))
             if token.tag == "h1":

@@ -5,7 +5,8 @@
   const root = document.documentElement;
   const chosen = () => {
     try {
-      return localStorage.getItem("theme");
+      const kept = localStorage.getItem("theme"); // shared with Django's admin, whose third choice is "auto"
+      return kept === "dark" || kept === "light" ? kept : null;
     } catch {
       return null; // storage refused: the system's preference it is
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import pytest
 from django.conf import settings
@@ -71,7 +72,7 @@ PAGES = [page.name for page in documentation.pages()]
 
 def test_the_pages_of_our_own_are_there_in_order() -> None:
     assert [name for name in PAGES if name in ("guide", "fields", "figures")] == ["guide", "fields", "figures"]
-    assert PAGES == [name for name in documentation.PAGES if name in PAGES]
+    assert [name for name in documentation.PAGES if name in PAGES] == PAGES
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -81,7 +82,7 @@ def test_a_docs_page_renders_with_one_heading_on_top_and_no_inline_style(client:
     assert response.status_code == 200
     assert found.headings[0] == 1
     assert found.headings.count(1) == 1
-    assert all(b - a <= 1 for a, b in zip(found.headings, found.headings[1:], strict=False)), "no level is skipped"
+    assert all(b - a <= 1 for a, b in pairwise(found.headings)), "no level is skipped"
     assert len(found.ids) == len(set(found.ids))
     assert found.inline == []
 
@@ -116,7 +117,7 @@ def test_a_docs_pages_links_lead_somewhere_in_the_repository_too(name: str) -> N
 def test_the_docs_list_every_page_and_each_page_leads_to_its_neighbours(client: Client) -> None:
     index = client.get("/docs/").content.decode()
     assert all(f'href="/docs/{name}/"' in index for name in PAGES)
-    for here, after in zip(PAGES, PAGES[1:], strict=False):
+    for here, after in pairwise(PAGES):
         assert f'rel="next" href="/docs/{after}/"' in client.get(f"/docs/{here}/").content.decode()
         assert f'rel="prev" href="/docs/{here}/"' in client.get(f"/docs/{after}/").content.decode()
 

@@ -1,0 +1,295 @@
+"""The administrator's view of experiments, model runs and hosts.
+
+Rows that a follower writes are shown, never edited: what the database says of a run is what happened in its run
+directory. Whoever wants a run to stop or to go on uses the actions, which ask for it in the same way as the site does.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from django.contrib import admin, messages
+from django.db.models import Count, Q, QuerySet
+from django.http import HttpRequest
+from django.urls import reverse
+from django.utils.html import format_html, format_html_join
+from django.utils.safestring import SafeString
+
+from experiments import jobs
+from experiments.models import ACTIVE, Experiment, Host, ModelRun, State
+from experiments.templatetags import figures
+
+
+def _state(state: str, text: str) -> SafeString:
+    return format_html('<span class="state state-{}">{}</span>', state, text)
+
+
+def _pretty(data: Any) -> SafeString:
+    return format_html('<pre class="json">{}</pre>', json.dumps(data, indent=2)) if data else SafeString("–")
+
+
+def _run_state(run: ModelRun) -> SafeString:
+    return _state(run.state, run.get_state_display())
+
+
+class Actions(admin.ModelAdmin):  # type: ignore[type-arg]
+    """Stop, resume and requeue, for experiments and for single runs."""
+
+    actions = ("stop", "resume", "requeue")
+
+    class Media:
+        css = {"all": ["css/admin.css"]}
+
+    def _for_each(
+        self, request: HttpRequest, queryset: Iterable[Any], act: Callable[[Any], int], done: str, nothing: str
+    ) -> None:
+        """Do `act`, which says how many runs it concerned, to each; say what came of it."""
+        count = 0
+        for target in queryset:
+            try:
+                count += act(target)
+            except jobs.LimitReached as limit:
+                self.message_user(request, f"{target}: {limit}", messages.ERROR)
+        runs = "1 run" if count == 1 else f"{count} runs"
+        self.message_user(
+            request, done.format(runs=runs) if count else nothing, messages.INFO if count else messages.WARNING
+        )
+
+    @admin.action(description="Stop: write a checkpoint, then end", permissions=["change"])
+    def stop(self, request: HttpRequest, queryset: QuerySet[Any]) -> None:
+        def act(target: Experiment | ModelRun) -> int:
+            active = _runs_of(target).filter(state__in=ACTIVE).count()
+            jobs.request_stop(target)
+            return active
+
+        self._for_each(request, queryset, act, "{runs} asked to stop.", "None of these is queued or running.")
+
+    @admin.action(description="Resume from the last checkpoint", permissions=["change"])
+    def resume(self, request: HttpRequest, queryset: QuerySet[Any]) -> None:
+        self._for_each(
+            request,
+            queryset,
+            lambda target: len(jobs.resume(target)),
+            "{runs} queued again.",
+            "None of these has failed or was stopped.",
+        )
+
+    @admin.action(description="Requeue: a queue job for each that waits or runs without one", permissions=["change"])
+    def requeue(self, request: HttpRequest, queryset: QuerySet[Any]) -> None:
+        def act(target: Experiment | ModelRun) -> int:
+            jobs.submit(target if isinstance(target, Experiment) else target.experiment)
+            return _runs_of(target).filter(state__in=ACTIVE).count()
+
+        self._for_each(request, queryset, act, "{runs} looked after.", "None of these is queued or running.")
+        jobs.reconcile()  # those that run, but that nobody follows
+
+
+def _runs_of(target: Experiment | ModelRun) -> QuerySet[ModelRun]:
+    runs: QuerySet[ModelRun] = ModelRun.objects.all()
+    return runs.filter(experiment=target) if isinstance(target, Experiment) else runs.filter(pk=target.pk)
+
+
+class ModelRunInline(admin.TabularInline):  # type: ignore[type-arg]
+    model = ModelRun
+    fields = readonly_fields = ("run", "status", "reason", "attempt", "progress", "validation_loss", "ended_at")
+    extra = 0
+    can_delete = False
+
+    def has_add_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        return False
+
+    def has_change_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        return False
+
+    @admin.display(description="model")
+    def run(self, run: ModelRun) -> SafeString:
+        return format_html('<a href="{}">{}</a>', reverse("admin:experiments_modelrun_change", args=[run.pk]), run.name)
+
+    @admin.display(description="state")
+    def status(self, run: ModelRun) -> SafeString:
+        return _run_state(run)
+
+    @admin.display(description="step")
+    def progress(self, run: ModelRun) -> str:
+        return _progress(run)
+
+    @admin.display(description="validation loss")
+    def validation_loss(self, run: ModelRun) -> str:
+        return figures.loss(run.validation_cross_entropy)
+
+
+def _progress(run: ModelRun) -> str:
+    return f"{run.step:,} of {run.total_steps:,}" if run.total_steps else f"{run.step:,}"
+
+
+@admin.register(Experiment)
+class ExperimentAdmin(Actions):
+    list_display = ("name", "owner", "states", "host", "is_public", "created")
+    list_filter = (("runs__state", admin.ChoicesFieldListFilter), "host", "is_public", "created")
+    list_select_related = ("owner", "host")
+    list_per_page = 50
+    search_fields = ("=id", "name", "notes", "owner__email", "owner__name")
+    search_help_text = "Name, notes, the owner's name or address, or a whole id."
+    date_hierarchy = "created"
+    show_full_result_count = False
+    autocomplete_fields = ("owner",)
+    fields = ("name", "notes", "owner", "is_public", "id", "host", "created", "directory", "spec")
+    readonly_fields = ("id", "host", "created", "directory", "spec")
+    inlines = (ModelRunInline,)
+
+    def get_queryset(self, request: HttpRequest) -> QuerySet[Any]:
+        counts = {f"n_{state}": Count("runs", filter=Q(runs__state=state), distinct=True) for state in State.values}
+        queryset: QuerySet[Any] = super().get_queryset(request).annotate(**counts)
+        return queryset
+
+    @admin.display(description="model runs")
+    def states(self, experiment: Any) -> SafeString:
+        counts = ((state, getattr(experiment, f"n_{state}")) for state in State.values)
+        return format_html_join(" ", "{}", ((_state(state, f"{n} {state}"),) for state, n in counts if n))
+
+    @admin.display(description="spec")
+    def spec(self, experiment: Experiment) -> SafeString:
+        return _pretty(experiment.spec_json)
+
+    def has_add_permission(self, request: HttpRequest) -> bool:
+        return False  # the Train page checks a spec; here nothing would
+
+    def delete_model(self, request: HttpRequest, obj: Experiment) -> None:
+        jobs.delete(obj)
+
+    def delete_queryset(self, request: HttpRequest, queryset: QuerySet[Any]) -> None:
+        for experiment in queryset:
+            jobs.delete(experiment)
+
+    def get_deleted_objects(
+        self, objs: Any, request: HttpRequest
+    ) -> tuple[list[Any], dict[str, int], set[str], list[Any]]:
+        """What goes, in a line each: a curve may have twenty thousand points, which nobody wants listed."""
+        lines = [
+            f"{experiment.name}: its runs, which are stopped, their curves and run directories" for experiment in objs
+        ]
+        return lines, {"experiments": len(lines)}, set(), []
+
+
+@admin.register(ModelRun)
+class ModelRunAdmin(Actions):
+    list_display = ("name", "of", "owner", "status", "reason", "host", "progress", "attempt", "queued_at", "ended_at")
+    list_display_links = ("name",)
+    list_filter = ("state", "reason", "experiment__host", "queued_at", "ended_at")
+    list_select_related = ("experiment__owner", "experiment__host")
+    list_per_page = 50
+    search_fields = ("name", "=experiment__id", "experiment__name", "experiment__owner__email", "detail")
+    search_help_text = (
+        "Name of the model or its experiment, the owner's address, words of an error, or an experiment's id."
+    )
+    date_hierarchy = "queued_at"
+    ordering = ("-queued_at", "position")
+    show_full_result_count = False
+    fieldsets = (
+        (None, {"fields": ("name", "of", "owner", "host", "parent", "job_id", "directory")}),
+        ("Wanted", {"fields": ("stop_requested", "attempt")}),
+        (
+            "Known",
+            {"fields": ("status", "reason", "what_happened", "progress", "tokens", "flops_done", "train_seconds")},
+        ),
+        (
+            "Figures",
+            {"fields": ("train_cross_entropy", "validation_cross_entropy", "test_cross_entropy", "parameters")},
+        ),
+        ("Resources", {"fields": ("tokens_per_second", "peak_memory", "disk")}),
+        ("Times", {"fields": ("queued_at", "started_at", "ended_at", "last_event_at", "last_seen")}),
+        ("Stream", {"classes": ("collapse",), "fields": ("offset", "last_seq", "recent", "prepared_with", "growth")}),
+    )
+
+    def has_add_permission(self, request: HttpRequest) -> bool:
+        return False
+
+    def has_delete_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        return False  # a run goes with its experiment
+
+    def get_readonly_fields(self, request: HttpRequest, obj: Any = None) -> list[str]:
+        return [
+            str(field) for _, section in self.fieldsets for field in section["fields"]
+        ]  # the follower writes them all
+
+    def change_view(self, request: HttpRequest, object_id: str, form_url: str = "", extra_context: Any = None) -> Any:
+        nothing_to_save = {"show_save": False, "show_save_and_continue": False, "show_save_and_add_another": False}
+        return super().change_view(request, object_id, form_url, (extra_context or {}) | nothing_to_save)
+
+    @admin.display(description="experiment", ordering="experiment__name")
+    def of(self, run: ModelRun) -> SafeString:
+        address = reverse("admin:experiments_experiment_change", args=[run.experiment_id])
+        return format_html('<a href="{}">{}</a>', address, run.experiment.name)
+
+    @admin.display(ordering="experiment__owner__email")
+    def owner(self, run: ModelRun) -> Any:
+        return run.experiment.owner
+
+    @admin.display(ordering="experiment__host")
+    def host(self, run: ModelRun) -> Any:
+        return run.experiment.host
+
+    @admin.display(description="state", ordering="state")
+    def status(self, run: ModelRun) -> SafeString:
+        return _run_state(run)
+
+    @admin.display(description="step", ordering="step")
+    def progress(self, run: ModelRun) -> str:
+        return _progress(run)
+
+    @admin.display(description="detail")
+    def what_happened(self, run: ModelRun) -> SafeString:
+        return format_html('<pre class="json">{}</pre>', run.detail) if run.detail else SafeString("–")
+
+    @admin.display(description="FLOPs")
+    def flops_done(self, run: ModelRun) -> str:
+        return figures.flops(run.flops)
+
+    @admin.display(description="peak memory")
+    def peak_memory(self, run: ModelRun) -> str:
+        return figures.filesize_short(run.peak_memory_bytes)
+
+    @admin.display(description="disk")
+    def disk(self, run: ModelRun) -> str:
+        return figures.filesize_short(run.disk_bytes)
+
+    @admin.display(description="newest events")
+    def recent(self, run: ModelRun) -> SafeString:
+        return _pretty([{"seq": n.seq, "kind": n.kind, **n.data} for n in run.notes.order_by("-seq")[:20]])
+
+    @admin.display(description="prepared")
+    def prepared_with(self, run: ModelRun) -> SafeString:
+        return _pretty(run.prepared)
+
+    @admin.display(description="growth at step 0")
+    def growth(self, run: ModelRun) -> SafeString:
+        return _pretty(run.grown)
+
+
+@admin.register(Host)
+class HostAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
+    list_display = ("name", "kind", "slots", "training", "waiting", "created", "last_seen")
+    list_filter = ("kind",)
+    search_fields = ("name",)
+    readonly_fields = ("kind", "created", "last_seen")
+
+    def get_queryset(self, request: HttpRequest) -> QuerySet[Host]:
+        runs = "experiments__runs"
+        queryset: QuerySet[Host] = super().get_queryset(request)
+        return queryset.annotate(
+            n_training=Count(runs, filter=Q(**{f"{runs}__state": State.RUNNING}), distinct=True),
+            n_waiting=Count(runs, filter=Q(**{f"{runs}__state": State.QUEUED}), distinct=True),
+        )
+
+    def has_add_permission(self, request: HttpRequest) -> bool:
+        return False  # this machine is there by itself
+
+    @admin.display(ordering="n_training")
+    def training(self, host: Any) -> int:
+        return int(host.n_training)
+
+    @admin.display(ordering="n_waiting")
+    def waiting(self, host: Any) -> int:
+        return int(host.n_waiting)
