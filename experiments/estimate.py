@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 from django.conf import settings
 from django.db import models
 
-from experiments.forms import ExperimentForm, document_of
+from experiments.forms import ExperimentForm
 from experiments.models import ModelRun, State
 from experiments.templatetags.figures import filesize_short, percent
+from experiments.values import document_of
 from trainer.budget import ModelBudget, sheet
 from trainer.growth import OPERATORS, GrowthError, check, plan
 from trainer.spec import (
@@ -25,13 +26,10 @@ from trainer.spec import (
     ExperimentSpec,
     GrowInit,
     ModelSpec,
-    SpecError,
-    TrainSpec,
-    parse_spec,
 )
 
 #: Training FLOPs per second of one core before anything was measured: what small models reach on an old laptop's.
-GUESSED_FLOPS_PER_CORE = 1e10
+GUESSED_FLOPS_PER_CORE = 2e10
 #: A run shorter than this says more about starting than about training.
 SHORTEST_MEASURED_SECONDS = 2.0
 MEASURED_RUNS = 9
@@ -104,7 +102,8 @@ class Estimate:
 
 def estimate(form: ExperimentForm) -> Estimate:
     """What can be said of a bound form, errors and all: of the models and settings that can be read."""
-    spec = readable_spec(form)
+    form.is_valid()
+    spec = form.readable
     if spec is None:
         return Estimate()
     known = known_text(spec.data)
@@ -124,57 +123,6 @@ def estimate(form: ExperimentForm) -> Estimate:
         seconds=_until_finished(spec, budgets),
         memory=memory,
     )
-
-
-# What can be read of a form that may still have errors ----------------------------------------------------------------
-
-#: Settings that change no count: a wrong one is set aside, the others must be right for a sheet to be shown.
-_COUNTED = {"n_ctx", "batch_size", "max_steps", "num_epochs", "precision", "eval_tokens", "eval_every"}
-
-
-def readable_spec(form: ExperimentForm) -> ExperimentSpec | None:
-    """The form's spec, less the models and the settings that have errors; None if too little is left to count."""
-    form.is_valid()
-    if form.spec is not None:
-        return form.spec
-    document = document_of(form.cleaned_data) | {"name": form.cleaned_data.get("name") or "untitled"}
-    if not document["data"].get("source"):
-        document["data"]["source"] = "/unknown"
-    # Read as a number or not, but missing: nothing may be put in its place.
-    if any(name in form.errors and name not in document["train"] for name in _COUNTED):
-        return None
-    for _ in range(len(document["models"]) + len(TrainSpec.model_fields)):
-        try:
-            return parse_spec(document)
-        except SpecError as error:
-            if not all(_set_aside(document, problem.field) for problem in error.problems):
-                return None
-    return None
-
-
-def _set_aside(document: dict[str, Any], location: str) -> bool:
-    match location.split("."):
-        case ["models", name, *_]:
-            document["models"].pop(name, None)
-            if name == "small":
-                document["models"].pop("scaled", None)
-            return bool(document["models"])
-        case ["train", name] if name not in _COUNTED:
-            document["train"].pop(name, None)
-            if name == "warmup_steps":
-                document["train"][name] = 0
-            return True
-        case ["name"]:
-            document["name"] = "untitled"
-            return True
-        case ["data", name] if name != "tokenizer":
-            document["data"].pop(name, None)
-            return True
-        case ["data", "tokenizer", "name" | "kind"]:
-            d_vocab = document["data"]["tokenizer"].get("d_vocab")
-            document["data"]["tokenizer"] = {"kind": "pretrained", "name": "unnamed", "d_vocab": d_vocab}
-            return True
-    return False
 
 
 # Growth ---------------------------------------------------------------------------------------------------------------
@@ -273,10 +221,10 @@ def _ratios(budgets: list[ModelBudget]) -> list[str]:
     large = by_name.get("large") or by_name.get("scaled")
     if not small or not large or not small.parameters or not large.parameters:
         return []
-    hints = [
-        f"{large.name} is {large.parameters / small.parameters:.1f} × small "
-        f"({large.non_embedding_parameters / max(1, small.non_embedding_parameters):.1f} × without embeddings)."
-    ]
+    hint = f"{large.name} is {large.parameters / small.parameters:.1f} × small"
+    if small.non_embedding_parameters and large.non_embedding_parameters:
+        hint += f" ({large.non_embedding_parameters / small.non_embedding_parameters:.1f} × without embeddings)"
+    hints = [f"{hint}."]
     if small.flops and large.flops:
         hints.append(f"Training small costs {percent(small.flops / large.flops)} of {large.name}'s FLOPs.")
     return hints

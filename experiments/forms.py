@@ -1,14 +1,7 @@
-"""The Train page's form <-> ExperimentSpec.
+"""The Train page's form: reads what was typed, and puts what is wrong with it beside its field.
 
-    values_of(spec) -> values        what each field shows
-    document_of(values) -> document  the spec as JSON, for parse_spec
-    ExperimentForm                   reads and shows the values; `.spec` once it is valid
-
-Both directions are pure, and lossless for the standard experiment (small, scaled grown from it, large of the same
-shape or left out). What else a spec may hold, :func:`left_out` names, so that the page can say so.
-
-The form only reads what was typed. What is right is said once, in trainer.spec; its problems are put beside the fields
-that they belong to.
+How fields become a spec and back is in experiments.values; what is right is said once, in trainer.spec. A value that
+cannot be read is shown again as it was typed.
 """
 
 from __future__ import annotations
@@ -16,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import re
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, cast, get_args
 
 from django import forms
 from django.conf import settings
@@ -27,36 +20,18 @@ from django.forms import BoundField
 
 from accounts.models import User
 from experiments import sources
+from experiments.values import DIMENSIONS, TRAIN_FIELDS, document_of, field_of, set_aside
 from trainer.families import FamilyError, family_of, get_family, read_config
 from trainer.growth import OPERATORS
 from trainer.spec import (
-    BUILT_IN_SOURCE,
-    CheckpointInit,
     ExperimentSpec,
     FamilyName,
-    GrowInit,
-    ModelSpec,
-    PretrainedTokenizer,
     Problem,
-    RandomInit,
-    Shape,
     SpecError,
     TrainSpec,
     parse_spec,
 )
 
-Values = Mapping[str, Any]
-
-DIMENSIONS = {
-    "d_model": "width of the residual stream",
-    "n_heads": "attention heads",
-    "n_kv_heads": "key/value heads; empty: as many as n_heads",
-    "d_head": "width of one head",
-    "d_mlp": "hidden width of the MLP",
-    "n_layers": "blocks",
-    "layer_norm_eps": "epsilon of the norms",
-}
-TRAIN_FIELDS = tuple(TrainSpec.model_fields)
 #: The numbers and choices of the section Training, and those that are folded away there.
 TRAINING = ("max_steps", "num_epochs", "n_ctx", "batch_size", "lr", "warmup_steps", "weight_decay", "seed", "host")
 ADVANCED = (
@@ -72,161 +47,6 @@ ADVANCED = (
     "validation_fraction",
     "test_fraction",
 )
-
-# Values <-> spec ------------------------------------------------------------------------------------------------------
-
-
-def values_of(spec: ExperimentSpec) -> dict[str, Any]:
-    """What each field of the form shows for `spec`."""
-    small, scaled, large = _roles(spec)
-    grow = scaled.init if scaled and isinstance(scaled.init, GrowInit) else GrowInit(parent="small")
-    big = scaled or large or small
-    big_range = large.init.init_range if large and isinstance(large.init, RandomInit) else grow.init_range
-    from_checkpoint = isinstance(small.init, CheckpointInit)
-    return {
-        "name": spec.name,
-        "family": small.family,
-        "tie_embeddings": small.tie_embeddings,
-        "small_source": small.init.kind,
-        "small_checkpoint": small.init.path if isinstance(small.init, CheckpointInit) else "",
-        "small_init_range": 0.02 if from_checkpoint else getattr(small.init, "init_range", 0.02),
-        "large_init_range": big_range,
-        "growth_init_range": None if grow.init_range == big_range else grow.init_range,
-        "growth_noise": grow.noise,
-        "width": grow.width,
-        "depth": grow.depth,
-        "train_large": large is not None,
-        **_shape_values("small", small.shape),
-        **_shape_values("large", big.shape or small.shape),
-        **_data_values(spec),
-        **spec.train.model_dump(),
-        "host": "local",
-    }
-
-
-def _roles(spec: ExperimentSpec) -> tuple[ModelSpec, ModelSpec | None, ModelSpec | None]:
-    """The models that the form's small, scaled and large stand for: by name, else by what they are."""
-    models = spec.models
-    scaled = models.get("scaled") or next((m for m in models.values() if m.parent), None)
-    small = models.get("small") or (models[scaled.parent] if scaled and scaled.parent else None)
-    small = small or next((m for m in models.values() if not m.parent), next(iter(models.values())))
-    large = models.get("large") or next(
-        (m for m in models.values() if scaled and not m.parent and m is not small and m.shape == scaled.shape), None
-    )
-    return small, scaled, large
-
-
-def _shape_values(role: str, shape: Shape | None) -> dict[str, Any]:
-    return {
-        f"{role}_{name}": getattr(shape, name)
-        if shape
-        else Shape.model_fields[name].get_default()
-        if not Shape.model_fields[name].is_required()
-        else None
-        for name in DIMENSIONS
-    }
-
-
-def _data_values(spec: ExperimentSpec) -> dict[str, Any]:
-    data, tokenizer = spec.data, spec.data.tokenizer
-    kind: str = data.kind
-    relative = ""
-    if kind == "local" and Path(data.source).is_relative_to(settings.UPLOADS_DIR):
-        kind, relative = "upload", str(Path(data.source).relative_to(settings.UPLOADS_DIR))
-    pretrained = isinstance(tokenizer, PretrainedTokenizer)
-    return {
-        "source": kind,
-        "hub_name": data.source if kind == "hub" else "wikitext",
-        "hub_config": (data.config or "") if kind == "hub" else "wikitext-103-raw-v1",
-        "local_path": data.source if kind == "local" else "",
-        "uploaded": relative,
-        "text_column": data.text_column or "",
-        "validation_fraction": data.validation_fraction,
-        "test_fraction": data.test_fraction,
-        "tokenizer_kind": tokenizer.kind,
-        "d_vocab": 4096 if pretrained else tokenizer.d_vocab,
-        "tokenizer_name": tokenizer.name if isinstance(tokenizer, PretrainedTokenizer) else "",
-        "tokenizer_d_vocab": tokenizer.d_vocab if pretrained else None,
-    }
-
-
-def document_of(values: Values) -> dict[str, Any]:
-    """The spec that the values stand for, as JSON. A value that is not there is left out; None stays None."""
-    large_shape = _shape_document("large", values)
-    model = _present(values, family="family", tie_embeddings="tie_embeddings")
-    models: dict[str, Any] = {
-        "small": {
-            **model,
-            "shape": _shape_document("small", values),
-            "init": _present(values, init_range="small_init_range"),
-        }
-    }
-    models["small"]["init"]["kind"] = "random"
-    if values.get("small_source") == "checkpoint":
-        models["small"]["init"] = {"kind": "checkpoint", **_present(values, path="small_checkpoint")}
-        if all(value is None for name, value in models["small"]["shape"].items() if name != "layer_norm_eps"):
-            models["small"]["shape"] = None
-    growth = {"kind": "grow", "parent": "small", **_present(values, width="width", depth="depth", noise="growth_noise")}
-    from_ = "large_init_range" if values.get("growth_init_range") is None else "growth_init_range"
-    growth |= _present(values, init_range=from_)
-    models["scaled"] = {**model, "shape": large_shape, "init": growth}
-    if values.get("train_large"):
-        init = {"kind": "random", **_present(values, init_range="large_init_range")}
-        models["large"] = {**model, "shape": large_shape, "init": init}
-    return {
-        **_present(values, name="name"),
-        "data": _data_document(values),
-        "train": _present(values, **{name: name for name in TRAIN_FIELDS}),
-        "models": models,
-    }
-
-
-def _shape_document(role: str, values: Values) -> dict[str, Any]:
-    return _present(values, **{name: f"{role}_{name}" for name in DIMENSIONS})
-
-
-def _data_document(values: Values) -> dict[str, Any]:
-    data = _present(values, validation_fraction="validation_fraction", test_fraction="test_fraction")
-    data["text_column"] = values.get("text_column") or None
-    match values.get("source"):
-        case "hub":
-            data |= _present(values, source="hub_name") | {"config": values.get("hub_config") or None}
-        case "local":
-            data |= _present(values, source="local_path")
-        case "upload":
-            data["source"] = str(settings.UPLOADS_DIR / values["uploaded"]) if values.get("uploaded") else ""
-        case _:
-            data["source"] = BUILT_IN_SOURCE
-    if values.get("tokenizer_kind") == "pretrained":
-        data["tokenizer"] = {
-            "kind": "pretrained",
-            **_present(values, name="tokenizer_name", d_vocab="tokenizer_d_vocab"),
-        }
-    else:
-        data["tokenizer"] = {"kind": "bpe", **_present(values, d_vocab="d_vocab")}
-    return data
-
-
-def _present(values: Values, **fields: str) -> dict[str, Any]:
-    return {key: values[field] for key, field in fields.items() if field in values}
-
-
-def left_out(spec: ExperimentSpec) -> list[str]:
-    """What of `spec` the form cannot hold, as dotted names: none for the standard experiment."""
-    whole = dict(_leaves(spec.model_dump(mode="json")))
-    held = dict(_leaves(document_of(values_of(spec))))
-    lost = [name for name, value in whole.items() if held.get(name) != value]
-    extra = [f"models.{name}" for name in spec.models if not any(n.startswith(f"models.{name}.") for n in held)]
-    return extra + [name for name in lost if not any(name.startswith(f"{e}.") for e in extra)]
-
-
-def _leaves(document: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in document.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{at}{key}.")
-        else:
-            yield f"{at}{key}", value
-
 
 # The form -------------------------------------------------------------------------------------------------------------
 
@@ -347,10 +167,12 @@ class ExperimentForm(forms.Form):
 
     key = forms.UUIDField(required=False, widget=forms.HiddenInput, initial=uuid.uuid4)
     name = forms.CharField(
+        label="Name",
         required=False,
         widget=forms.TextInput(attrs={"class": "form-control", "autocomplete": "off"}),
     )
     notes = forms.CharField(
+        label="Notes",
         required=False,
         max_length=20_000,
         widget=forms.Textarea(attrs={"class": "form-control", "rows": 2}),
@@ -362,10 +184,10 @@ class ExperimentForm(forms.Form):
         [("random", "trained here, from random weights"), ("checkpoint", "a pre-trained checkpoint")], label="small is"
     )
     small_checkpoint = _text(
-        label="checkpoint", help_text="A name on the Hub, such as EleutherAI/pythia-70m, or a folder on this machine."
+        label="Checkpoint", help_text="A name on the Hub, such as EleutherAI/pythia-70m, or a folder on this machine."
     )
-    width = _radio([(rule.key, rule.title) for rule in OPERATORS["width"]], CardSelect, label="width rule")
-    depth = _radio([(rule.key, rule.title) for rule in OPERATORS["depth"]], CardSelect, label="depth rule")
+    width = _radio([(rule.key, rule.title) for rule in OPERATORS["width"]], CardSelect, label="Width rule")
+    depth = _radio([(rule.key, rule.title) for rule in OPERATORS["depth"]], CardSelect, label="Depth rule")
     growth_init_range = NumberField(
         label="init_range of new weights", help_text="Of weights that growth draws at random. Empty: large's."
     )
@@ -386,26 +208,26 @@ class ExperimentForm(forms.Form):
             ("local", "A file or folder on this machine"),
             ("upload", "A file of yours"),
         ],
-        label="text",
+        label="Text",
     )
-    hub_name = _text(label="dataset", max_length=96)
-    hub_config = _text(label="config", max_length=96, help_text="Empty if it has none.")
-    local_path = _text(label="path", max_length=1000)
+    hub_name = _text(label="Dataset", max_length=96)
+    hub_config = _text(label="Config", max_length=96, help_text="Empty if it has none.")
+    local_path = _text(label="Path", max_length=1000)
     upload = forms.FileField(
         required=False,
-        label="file",
+        label="File",
         widget=forms.FileInput(attrs={"class": "form-control", "accept": ",".join(sources.TEXT_SUFFIXES)}),
     )
     uploaded = forms.CharField(required=False, widget=forms.HiddenInput)
     text_column = _text(max_length=200, help_text="Of jsonl, csv, parquet and Hub datasets. Empty: found out.")
     tokenizer_kind = _radio(
-        [("bpe", "Byte-level BPE, trained on this text"), ("pretrained", "A pre-trained one")], label="tokenizer"
+        [("bpe", "Byte-level BPE, trained on this text"), ("pretrained", "A pre-trained one")], label="Tokenizer"
     )
     d_vocab = WholeField(help_text="Tokens in the vocabulary.")
     tokenizer_name = _text(
-        label="tokenizer's name", help_text="On the Hub, such as gpt2, or a folder. With a checkpoint: its own."
+        label="Name of the tokenizer", help_text="On the Hub, such as gpt2, or a folder. With a checkpoint: its own."
     )
-    tokenizer_d_vocab = WholeField(label="its d_vocab", help_text="Only to count parameters before it was fetched.")
+    tokenizer_d_vocab = WholeField(label="Its d_vocab", help_text="Only to count parameters before it was fetched.")
     validation_fraction = NumberField(help_text="Of the documents, held out to watch training.")
     test_fraction = NumberField(help_text="Of the documents, held out to the end.")
 
@@ -444,11 +266,13 @@ class ExperimentForm(forms.Form):
         super().__init__(data.copy() if data is not None else None, files, **kwargs)
         self.user, self.owner = user, owner
         self.spec: ExperimentSpec | None = None
+        self.readable: ExperimentSpec | None = None  # what is right of a spec that is not: for the sheet alone
         for role in ("small", "large"):
             for name in (*DIMENSIONS, "init_range"):
                 kind = NumberField if name in ("layer_norm_eps", "init_range") else WholeField
                 self.fields[f"{role}_{name}"] = kind(label=name)
                 self.fields[f"{role}_{name}"].widget.attrs["aria-label"] = f"{name} of {role}"
+        self.fields["upload"].widget.attrs["data-max-mb"] = settings.MAX_UPLOAD_MB
         for name, field in self.fields.items():
             field.label = field.label or name  # the spec's own word, not "N ctx"
         if not settings.LOCAL_DATA_DIRS and self["source"].value() != "local":
@@ -502,12 +326,31 @@ class ExperimentForm(forms.Form):
         self._clean_text()
         self._clean_checkpoint()
         self._clean_tokenizer()
-        try:
-            self.spec = parse_spec(document_of(self.cleaned_data))
-        except SpecError as error:
-            for problem in error.problems:
-                self._show(problem)
+        self.readable = self._read_spec()
+        if not self.errors:
+            self.spec = self.readable
         return self.cleaned_data
+
+    def _read_spec(self) -> ExperimentSpec | None:
+        """The spec, each of its problems shown and set aside until the rest can be read; None if too little is left.
+
+        A spec is checked from its parts to the whole, so a wrong learning rate would hide that growth is impossible.
+        """
+        document = document_of(self.cleaned_data)
+        # What could not be read is not in the document, where the spec's own default would quietly take its place.
+        unread = [f"train.{name}" for name in TRAIN_FIELDS if name in self.errors]
+        unread += ["data.source" for name in ("hub_name", "local_path", "upload") if name in self.errors]
+        unread += ["data.tokenizer.d_vocab" for name in ("d_vocab", "tokenizer_d_vocab") if name in self.errors]
+        if not all(set_aside(document, location) for location in unread):
+            return None
+        while True:
+            try:
+                return parse_spec(document)
+            except SpecError as error:
+                for problem in error.problems:
+                    self._show(problem)
+                if not all(set_aside(document, problem.field) for problem in error.problems):
+                    return None
 
     def _clean_text(self) -> None:
         values, field = self.cleaned_data, "source"
@@ -534,16 +377,16 @@ class ExperimentForm(forms.Form):
 
     def _keep_upload(self) -> Path:
         """The file that was sent now, or one that was sent before; kept even when other fields have errors."""
-        values = self.cleaned_data
+        values, shown = self.cleaned_data, cast(dict[str, Any], self.data)
         if values.get("upload") and self.owner:
             sources.check_upload(values["upload"])
             self.user = self.owner()
-            values["uploaded"] = self.data["uploaded"] = sources.keep_upload(values["upload"], self.user)
+            values["uploaded"] = shown["uploaded"] = sources.keep_upload(values["upload"], self.user)
         relative = values.get("uploaded", "")
         if not relative:
             raise ValidationError("choose a file: txt, md, jsonl, csv or parquet")
         if not sources.may_use_upload(relative, self.user):
-            self.data["uploaded"] = ""
+            shown["uploaded"] = ""
             raise ValidationError(f"{Path(relative).name} is not among your files here any more: choose it again")
         return Path(settings.UPLOADS_DIR / relative)
 
@@ -608,48 +451,3 @@ def _sentence(label: str, value: Any, message: str) -> str:
     """What every error looks like: "d_head 48: with RoPE it must be even"."""
     shown = "" if value is None or isinstance(value, bool | dict | list) or value == "" else f" {_shown(value)}"
     return f"{label}{shown}: {message}"
-
-
-_TOKENIZER = {"kind": "tokenizer_kind", "name": "tokenizer_name", "d_vocab": "d_vocab"}
-_DATA = {"config": "hub_config", "text_column": "text_column"}
-_SOURCE = {"hub": "hub_name", "local": "local_path", "upload": "upload"}
-_MODEL = {"family": "family", "tie_embeddings": "tie_embeddings", "init.kind": "small_source"}
-_GROWTH = {
-    "init.noise": "growth_noise",
-    "init.width": "width",
-    "init.depth": "depth",
-    "init.init_range": "growth_init_range",
-    "init.parent": "width",
-}
-
-
-def field_of(location: str, values: Values) -> str | None:
-    """The form's field for a dotted location in the spec, given what is chosen; None where there is none."""
-    match location.split("."):
-        case ["name"]:
-            return "name"
-        case ["train", name] if name in TRAIN_FIELDS:
-            return name
-        case ["data", "source"]:
-            return _SOURCE.get(values.get("source", ""), "source")
-        case ["data", "tokenizer", "d_vocab"] if values.get("tokenizer_kind") == "pretrained":
-            return "tokenizer_d_vocab"
-        case ["data", "tokenizer", name]:
-            return _TOKENIZER.get(name)
-        case ["data", name]:
-            return _DATA.get(name, name if name.endswith("_fraction") else None)
-        case ["models", role, "shape", name] if name in DIMENSIONS:
-            return f"{'small' if role == 'small' else 'large'}_{name}"
-        case ["models", "small", "shape"]:
-            return "small_d_model"
-        case ["models", "small", "init", "path"]:
-            return "small_checkpoint"
-        case ["models", "scaled", "init", "init_range"] if not values.get("growth_init_range"):
-            return "large_init_range"
-        case ["models", "scaled", *rest] if (field := _GROWTH.get(".".join(rest))) is not None:
-            return field
-        case ["models", role, "init", "init_range"]:
-            return f"{role}_init_range"
-        case ["models", _, *rest]:
-            return _MODEL.get(".".join(rest))
-    return None

@@ -152,7 +152,7 @@ def may_use_upload(relative: str, user: Any) -> bool:
     )
 
 
-def check_upload(file: UploadedFile) -> None:
+def check_upload(file: UploadedFile[Any]) -> None:
     """Refuse, before it is kept, a file that could not be trained on."""
     name, size = file.name or "", file.size or 0
     suffix = Path(name).suffix.lower()
@@ -177,7 +177,7 @@ def check_upload(file: UploadedFile) -> None:
         raise ValidationError(f"{name}: must be text; it holds zero bytes")
 
 
-def keep_upload(file: UploadedFile, user: User) -> str:
+def keep_upload(file: UploadedFile[Any], user: User) -> str:
     """Store a checked file; its path relative to UPLOADS_DIR. The same content twice is kept once."""
     file.seek(0)
     digest = hashlib.sha256()

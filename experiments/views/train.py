@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from uuid import UUID
 
 from django.conf import settings
@@ -17,9 +17,10 @@ from django.views.decorators.http import require_POST, require_safe
 from accounts.guests import ensure_user
 from experiments import jobs, sources
 from experiments.estimate import Verdict, estimate
-from experiments.forms import ExperimentForm, left_out, values_of
+from experiments.forms import ExperimentForm
 from experiments.models import Experiment
 from experiments.presets import FIRST_LOOK, PRESETS
+from experiments.values import left_out, values_of
 from trainer.growth import OPERATORS, Operator
 
 
@@ -123,7 +124,9 @@ class Card(NamedTuple):
     verdict: Verdict | None
 
 
-def _cards(form: ExperimentForm, kind: str, rules: dict[str, Verdict | None]) -> tuple[BoundField, list[Card]]:
+def _cards(
+    form: ExperimentForm, kind: Literal["width", "depth"], rules: dict[str, Verdict | None]
+) -> tuple[BoundField, list[Card]]:
     field = form[kind]
     keys = [f"{kind}_{rule.key}" for rule in OPERATORS[kind]]
     return field, [
