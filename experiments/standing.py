@@ -20,6 +20,7 @@ from django.utils import timezone
 from experiments import compare
 from experiments.curves import Key, Series
 from experiments.models import Experiment, ModelRun, Reason, State
+from experiments.templatetags import figures
 from trainer.spec import ExperimentSpec, GrowInit, TrainSpec
 
 #: Which of its runs speaks for an experiment: what needs attention first.
@@ -84,6 +85,21 @@ class RunStanding:
         return Reason(run.reason).label
 
     @property
+    def parts(self) -> list[str]:
+        """Where it stands, in a few words each."""
+        run = self.run
+        found = [self.words] if run.state != State.SUCCEEDED else []
+        if run.step:
+            found.append(f"step {run.step:,} of {self.total:,}" if self.total else f"step {run.step:,}")
+            if run.tokens_per_second:
+                found.append(f"{run.tokens_per_second:,.0f} tokens/s")
+        if self.seconds_left is not None:
+            found.append(f"about {figures.duration(self.seconds_left)} left")
+        elif run.ended_at and self.runtime is not None:
+            found.append(f"ran {figures.duration(self.runtime)}")
+        return found
+
+    @property
     def advice(self) -> str:
         return ADVICE.get(self.run.reason, "") if self.run.state in (State.FAILED, State.CANCELLED) else ""
 
@@ -107,6 +123,10 @@ class Standing:
     @property
     def speaks(self) -> RunStanding | None:
         return next((each for each in self.runs if each.run is self.speaker), None)
+
+    @property
+    def has_curves(self) -> bool:
+        return any(each.spark for each in self.runs)
 
     @property
     def is_active(self) -> bool:
