@@ -25,8 +25,8 @@ from trainer.growth.weights import EPSILON, Tensor
 def certificate(parent: Mapping[str, Tensor], child: Mapping[str, Tensor], plan: GrowthPlan) -> dict[str, float]:
     """The residual of each tensor of the child, by name.
 
-    What a silent block writes is held to zero; a random block has nothing to be held to and is left out; so are random
-    outputs, which `exactness` lets pass only where they meet zeros.
+    What a silent block writes is held to zero, and so is what reads a random input; a random block has nothing to be
+    held to and is left out; so are random outputs, since they are seen by what reads them.
     """
     residuals = {}
     for new, old, block in plan.parameters():
@@ -71,7 +71,8 @@ def _vector(source: Tensor, grown: Tensor, new: Parameter, plan: GrowthPlan) -> 
 
 def _matrix(source: Tensor, grown: Tensor, new: Parameter, plan: GrowthPlan) -> float:
     out, into = side_of(plan, new.out), side_of(plan, (new.into,))
-    return max(_in_first(source, grown, out, into) if new.in_first else _out_first(source, grown, out, into))
+    worst = _in_first(source, grown, out, into) if new.in_first else _out_first(source, grown, out, into)
+    return max(worst)
 
 
 def _out_first(source: Tensor, grown: Tensor, out: Side, into: Side) -> list[float]:
@@ -80,7 +81,9 @@ def _out_first(source: Tensor, grown: Tensor, out: Side, into: Side) -> list[flo
     step = max(1, BLOCK_ENTRIES // len(into.source))
     for start in range(0, len(out.source), step):
         rows = slice(start, start + step)
-        read = grown[rows][:, copies.order] * into.write[copies.order]
+        block = grown[rows]
+        worst.append(_worst(block[:, into.drawn], ~out.drawn[rows]))
+        read = block[:, copies.order] * into.write[copies.order]
         read = np.add.reduceat(read, copies.starts, axis=1)  # W' E_in: (block of outputs, small inputs)
         expected = source[out.source[rows]] * np.where(out.new, 0.0, out.write)[rows, None]
         worst.append(_worst(read - expected, ~out.drawn[rows]))
@@ -90,6 +93,10 @@ def _out_first(source: Tensor, grown: Tensor, out: Side, into: Side) -> list[flo
 def _in_first(source: Tensor, grown: Tensor, out: Side, into: Side) -> list[float]:
     """Stored (in, out): blocks of the parent's inputs, each with all of its copies."""
     copies, worst = into.copies, [0.0]
+    step = max(1, BLOCK_ENTRIES // len(out.source))
+    random_inputs = np.flatnonzero(into.drawn)
+    for start in range(0, len(random_inputs), step):
+        worst.append(_worst(grown[random_inputs[start : start + step]].T, ~out.drawn))
     step = max(1, BLOCK_ENTRIES // (len(out.source) * int(copies.counts.max())))
     for start in range(0, into.small, step):
         starts, counts = copies.starts[start : start + step], copies.counts[start : start + step]

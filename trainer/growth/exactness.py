@@ -48,14 +48,16 @@ def broken(
 
 
 def _random_axes(parent: Shape, child: Shape, maps: Mapping[str, AxisMap]) -> list[str]:
-    def is_read(axis: str) -> bool:
-        # Random query channels that only ever meet zero keys are never seen.
-        return not (axis == "q_dim" and maps["k_dim"].fill == "zero" and _same_new(maps["q_dim"], maps["k_dim"]))
+    def is_seen(axis: str) -> bool:
+        if axis in ("q_dim", "k_dim"):  # no matrix reads them: they meet each other, and zero hides the other
+            other = maps["k_dim" if axis == "q_dim" else "q_dim"]
+            return other.new_write == "random" or not _same_new(maps[axis], other)
+        return maps[axis].new_read == "random"
 
     fields = [
         f"{field} ({size_of(parent, field)} to {size_of(child, field)})"
         for field, axes in FIELD_AXES.items()
-        if any(maps[a].has_new and maps[a].fill == "random" and is_read(a) for a in axes)
+        if any(maps[a].has_new and maps[a].new_write == "random" and is_seen(a) for a in axes)
         and not (field == "n_kv_heads" and parent.n_heads == parent.kv_heads and child.n_heads == child.kv_heads)
     ]
     return [f"the new part of {joined(fields)} is random and is read at once"] if fields else []

@@ -19,6 +19,8 @@ from typing import Literal
 #: In `source_index`: this large index has no source.
 NEW = -1
 
+Fill = Literal["zero", "random"]
+
 
 @dataclass(frozen=True)
 class AxisMap:
@@ -27,10 +29,10 @@ class AxisMap:
     source_index  for each large index, the small index that it copies, or NEW
     write         for each large index j, E[j, source_index[j]]; of no meaning where NEW
     read          for each large index j, R[source_index[j], j]; likewise
-    fill          what is written to a NEW index: zero, or random entries (and zero biases, unit gains)
+    new_write     what is written to a NEW index: zero, or random entries (with zero biases and unit gains)
+    new_read      the entries that read a NEW index
 
-    What *reads* a NEW index is always free: nothing arrives there from the parent's function, or, with `random`
-    entries, the rule does not claim to preserve it.
+    Nothing of a NEW index is seen as long as one of the two is zero; with both at zero, neither would ever learn.
     """
 
     small: int
@@ -38,7 +40,8 @@ class AxisMap:
     source_index: Sequence[int]
     write: Sequence[float]
     read: Sequence[float]
-    fill: Literal["zero", "random"] = "zero"
+    new_write: Fill = "zero"
+    new_read: Fill = "random"
 
     def __post_init__(self) -> None:
         assert len(self.source_index) == len(self.write) == len(self.read) == self.large
@@ -94,18 +97,24 @@ def tile(small: int, times: int) -> AxisMap:
 
 
 def place(
-    small: int, large: int, at: Sequence[int], *, scale: float = 1.0, fill: Literal["zero", "random"] = "zero"
+    small: int,
+    large: int,
+    at: Sequence[int],
+    *,
+    scale: float = 1.0,
+    new_write: Fill = "zero",
+    new_read: Fill = "random",
 ) -> AxisMap:
     """Small index i goes to `at[i]`, written times `scale`; every other large index is NEW."""
     sources = [NEW] * large
     for i, j in enumerate(at):
         sources[j] = i
-    return AxisMap(small, large, tuple(sources), (scale,) * large, (1 / scale,) * large, fill)
+    return AxisMap(small, large, tuple(sources), (scale,) * large, (1 / scale,) * large, new_write, new_read)
 
 
-def corner(small: int, large: int, *, fill: Literal["zero", "random"] = "random") -> AxisMap:
-    """0 1 2 - - -: the old indices first, then new ones."""
-    return identity(small) if small == large else place(small, large, range(small), fill=fill)
+def corner(small: int, large: int) -> AxisMap:
+    """0 1 2 - - -: the old indices first, then new ones, written and read at random."""
+    return identity(small) if small == large else place(small, large, range(small), new_write="random")
 
 
 def product(outer: AxisMap, inner: AxisMap) -> AxisMap:
@@ -113,16 +122,19 @@ def product(outer: AxisMap, inner: AxisMap) -> AxisMap:
     if outer.is_identity and inner.is_identity:
         return identity(outer.small * inner.small)
     sources, write, read = [], [], []
-    for o, (outer_source, outer_write, outer_read) in enumerate(
-        zip(outer.source_index, outer.write, outer.read, strict=True)
-    ):
-        del o
+    for outer_source, outer_write, outer_read in zip(outer.source_index, outer.write, outer.read, strict=True):
         for inner_source, inner_write, inner_read in zip(inner.source_index, inner.write, inner.read, strict=True):
             new = NEW in (outer_source, inner_source)
             sources.append(NEW if new else outer_source * inner.small + inner_source)
             write.append(outer_write * inner_write)
             read.append(outer_read * inner_read)
-    fill: Literal["zero", "random"] = "random" if "random" in (outer.fill, inner.fill) else "zero"
+    with_new = [axis for axis in (outer, inner) if axis.has_new]
     return AxisMap(
-        outer.small * inner.small, outer.large * inner.large, tuple(sources), tuple(write), tuple(read), fill
+        outer.small * inner.small,
+        outer.large * inner.large,
+        tuple(sources),
+        tuple(write),
+        tuple(read),
+        new_write="random" if any(axis.new_write == "random" for axis in with_new) else "zero",
+        new_read="random" if all(axis.new_read == "random" for axis in with_new) else "zero",
     )

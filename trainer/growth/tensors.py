@@ -4,8 +4,8 @@ Entry (o, i) of the child, by what its two indices are (an index with a source i
 
     o     i     entry
     old   old   E_out W R_in, plus noise that sums to zero over the copies of an input
-    old   new   drawn: what reads a new index is free, since nothing arrives there
-    new   any   zero or drawn, as the map's `fill` says
+    old   new   zero or drawn, as the input's `new_read` says
+    new   any   zero or drawn, as the output's `new_write` says
 
 Everything is computed in float64, as stored: (out, in), or (in, out) where the architecture keeps it so.
 """
@@ -37,7 +37,8 @@ class Side:
     small: int
     source: NDArray[np.intp]  # where `new`, 0
     new: NDArray[np.bool_]
-    drawn: NDArray[np.bool_]  # new, and filled with random entries
+    drawn: NDArray[np.bool_]  # new, and written at random
+    drawn_from: NDArray[np.bool_]  # new, and read at random
     write: Floats
     read: Floats
 
@@ -79,7 +80,8 @@ def side_of(plan: GrowthPlan, segments: tuple[Axes, ...]) -> Side:
         small=sum(m.small for m in maps),
         source=source,
         new=new,
-        drawn=new & np.repeat([m.fill == "random" for m in maps], larges),
+        drawn=new & np.repeat([m.new_write == "random" for m in maps], larges),
+        drawn_from=new & np.repeat([m.new_read == "random" for m in maps], larges),
         write=np.concatenate([np.asarray(m.write, np.float64) for m in maps]),
         read=np.concatenate([np.asarray(m.read, np.float64) for m in maps]),
     )
@@ -124,6 +126,9 @@ def _matrix(old: Tensor, new: Parameter, plan: GrowthPlan, rng: np.random.Genera
     rows, columns = (into, out) if new.in_first else (out, into)
     row_scale, column_scale = (into.read, out.write) if new.in_first else (out.write, into.read)
     noise = plan.init.noise if into.copies.several else 0.0
+    some_new = bool(rows.new.any() or columns.new.any())
+    # Two streams, each drawn row by row, so that the size of a block changes nothing.
+    for_noise, for_new = rng.spawn(2)
     # Noise sums to zero over the copies of an input, which must be at hand together: stored (in, out), all rows.
     together = noise and new.in_first
     for part in [slice(0, new.shape[0])] if together else row_blocks(new.shape):
@@ -134,13 +139,13 @@ def _matrix(old: Tensor, new: Parameter, plan: GrowthPlan, rng: np.random.Genera
         values *= column_scale
         if noise:
             by_output = values.T if new.in_first else values
-            _add_noise(by_output, into.copies, noise, rng)
-        if rows.new[part].any() or columns.new.any():
-            row_new, row_drawn = rows.new[part, None], rows.drawn[part, None]
-            out_new, out_drawn = (columns.new, columns.drawn) if new.in_first else (row_new, row_drawn)
-            in_new = row_new if new.in_first else columns.new
-            drawn = rng.normal(0, plan.init.init_range, values.shape)
-            values = np.where(out_new, np.where(out_drawn, drawn, 0.0), np.where(in_new, drawn, values))
+            _add_noise(by_output, into.copies, noise, for_noise)
+        if some_new:
+            along_rows, along_columns = (part, None), (slice(None),)
+            o, i = (along_columns, along_rows) if new.in_first else (along_rows, along_columns)
+            drawn = for_new.normal(0, plan.init.init_range, values.shape)
+            read = np.where(into.new[i], np.where(into.drawn_from[i], drawn, 0.0), values)
+            values = np.where(out.new[o], np.where(out.drawn[o], drawn, 0.0), read)
         yield values
 
 

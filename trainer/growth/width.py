@@ -91,10 +91,9 @@ class Duplicate:
 
     * heads: copies of a query head stay in the group of their key/value head, whose copies lie side by side;
     * a tied output head reads with E where it should read with R: the final norm's gain and bias are divided by n;
-    * d_head: 1 / sqrt(d_head) changes, so queries are multiplied by sqrt(d' / d). New key and value channels are
-      zero; with RoPE old pair i of channels becomes pair i d' / d, whose frequency is the same;
-    * new query channels meet zero keys, and what reads new value channels reads zeros, so both may be random: else
-      either pair would be zero on both sides and never learn.
+    * d_head: 1 / sqrt(d_head) changes, so queries are multiplied by sqrt(d' / d); with RoPE old pair i of channels
+      becomes pair i d' / d, whose frequency is the same. New queries are random and meet zero keys, new values are
+      random and are read by zeros: zero on both sides would never learn.
     """
 
     about: ClassVar[Operator] = Operator(
@@ -147,9 +146,9 @@ class Duplicate:
         at = [i * (large // d) for i in range(d // 2)]
         at = [*at, *(i + large // 2 for i in at)] if rotary else list(range(d))
         return {
-            "q_dim": place(d, large, at, scale=sqrt(large / d), fill="random"),
+            "q_dim": place(d, large, at, scale=sqrt(large / d), new_write="random"),
             "k_dim": place(d, large, at),
-            "v_dim": place(d, large, range(d)),
+            "v_dim": place(d, large, range(d), new_write="random", new_read="zero"),
         }
 
 

@@ -1,0 +1,174 @@
+"""The axes of every parameter, and the way between a shape and config.json."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.trainer.pico import D_VOCAB, N_POSITIONS, PARENT, child
+from trainer.families import (
+    FAMILIES,
+    FamilyError,
+    axis_sizes,
+    build_model,
+    family_of,
+    get_family,
+    read_config,
+)
+from trainer.spec import Shape
+
+SHAPES = [
+    ("gpt2", PARENT["gpt2"]),
+    ("gpt2", child("gpt2", d_model=16, n_heads=2, d_head=8, n_layers=3)),
+    ("llama", PARENT["llama"]),
+    ("llama", child("llama", n_kv_heads=None, n_layers=1)),
+    ("llama", child("llama", d_model=18, d_head=10, d_mlp=7)),
+]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("family", "shape"), SHAPES)
+def test_the_table_has_the_names_shapes_and_order_of_the_real_model(family: str, shape: Shape, tied: bool) -> None:
+    described = get_family(family)
+    model = build_model(described.config(shape, N_POSITIONS, D_VOCAB, tied))
+
+    real = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    table = {p.name: p.shape for p in described.parameters(shape, N_POSITIONS, D_VOCAB, tied)}
+
+    assert table == real
+    assert list(table) == list(real)
+
+
+@pytest.mark.parametrize(("family", "shape"), SHAPES)
+def test_each_parameter_is_as_large_as_its_axes(family: str, shape: Shape) -> None:
+    sizes = axis_sizes(shape, N_POSITIONS, D_VOCAB)
+    for parameter in get_family(family).parameters(shape, N_POSITIONS, D_VOCAB, tied=False):
+        out = 0
+        for segment in parameter.out:
+            width = 1
+            for axis in segment:
+                width *= sizes[axis]
+            out += width
+        into = 1
+        for axis in parameter.into:
+            into *= sizes[axis]
+        assert parameter.size == out * into, parameter.name
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("family", "shape"), SHAPES)
+def test_a_config_gives_its_shape_back(family: str, shape: Shape, tied: bool) -> None:
+    described = get_family(family)
+    config = described.config(shape, N_POSITIONS, D_VOCAB, tied, eos_token_id=3)
+
+    assert described.shape_of(config) == (shape, N_POSITIONS, D_VOCAB, tied)
+    assert family_of(config) is described
+
+
+@pytest.mark.parametrize(("family", "shape"), SHAPES)
+def test_transformers_reads_the_config_as_it_was_meant(family: str, shape: Shape, tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    described = get_family(family)
+    config = described.config(shape, N_POSITIONS, D_VOCAB, True, bos_token_id=1, eos_token_id=2, pad_token_id=3)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    read = AutoConfig.from_pretrained(tmp_path)
+
+    assert (read.bos_token_id, read.eos_token_id, read.pad_token_id) == (1, 2, 3)
+    assert described.shape_of(read.to_dict()) == (shape, N_POSITIONS, D_VOCAB, True)
+    AutoConfig.for_model(**config).save_pretrained(tmp_path)
+    assert described.shape_of(read_config(tmp_path)) == (shape, N_POSITIONS, D_VOCAB, True)
+
+
+def test_a_gpt2_made_here_has_no_dropout_and_the_one_op_activation() -> None:
+    config = build_model(get_family("gpt2").config(PARENT["gpt2"], N_POSITIONS, D_VOCAB, True)).config
+
+    assert config.activation_function == "gelu_pytorch_tanh"
+    assert (config.attn_pdrop, config.embd_pdrop, config.resid_pdrop) == (0, 0, 0)
+
+
+def test_another_size_keeps_everything_else_of_a_config() -> None:
+    config = {
+        "model_type": "gpt2",
+        "activation_function": "gelu_new",
+        "n_embd": 12,
+        "n_head": 3,
+        "n_layer": 2,
+        "task_specific_params": {"a": 1},
+    }
+    resized = get_family("gpt2").resized(config, child("gpt2", n_layers=5))
+
+    assert resized["activation_function"] == "gelu_new"
+    assert resized["task_specific_params"] == {"a": 1}
+    assert resized["n_layer"] == 5
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "field", "right"),
+    [
+        ("llama", {"d_head": 47}, "d_head", "46 or 48"),
+        ("llama", {"n_kv_heads": 4}, "n_kv_heads", "1, 2, 3, 6"),
+        ("llama", {"d_model": 100}, "d_model", "96 or 102"),
+        ("gpt2", {"d_head": 5}, "d_head", "d_head 4 or d_model 15"),
+        ("gpt2", {"n_heads": 4}, "d_head", "d_head 3 or n_heads 3 or d_model 16"),
+        ("gpt2", {"n_kv_heads": 1}, "n_kv_heads", "leave it out"),
+    ],
+)
+def test_a_shape_that_cannot_be_is_refused_with_what_would_be_right(
+    family: str, changes: dict[str, Any], field: str, right: str
+) -> None:
+    [(named, message)] = get_family(family).problems(child(family, **changes))
+
+    assert named == field
+    assert right in message
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_suggested_is_right(family: str) -> None:
+    assert get_family(family).problems(PARENT[family]) == []
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"model_type": "bert"}, "model_type 'bert': can be grown are gpt2, llama"),
+        ({"model_type": "llama", "quantization_config": {"bits": 4}}, "quantised"),
+        ({"model_type": "llama", "hidden_size": "64"}, "hidden_size '64'"),
+        (
+            {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "attention_bias": True},
+            "attention_bias",
+        ),
+        ({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True"),
+        ({"model_type": "gpt2", "n_embd": 10, "n_head": 3}, "d_head 3"),
+    ],
+)
+def test_a_config_that_growth_cannot_carry_is_refused(config: dict[str, Any], said: str) -> None:
+    with pytest.raises(FamilyError, match=said):
+        family_of(config).shape_of(config)
+
+
+@pytest.mark.parametrize(("content", "said"), [(None, "cannot be read"), ("{", "not JSON"), ("[]", "an object")])
+def test_a_folder_without_a_readable_config_is_refused(tmp_path: Path, content: str | None, said: str) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(FamilyError, match=said):
+        read_config(tmp_path)
+
+
+def test_an_unknown_family_is_refused_by_name() -> None:
+    with pytest.raises(FamilyError, match="'mamba': must be one of gpt2, llama"):
+        get_family("mamba")
+
+
+def test_families_growth_plans_and_budgets_need_no_torch() -> None:
+    code = (
+        "import sys, trainer.families, trainer.growth, trainer.budget; "
+        "print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
