@@ -78,7 +78,7 @@ def url() -> str:
 
 
 def connection() -> Redis:
-    """A connection that gives up soon: who rings must not wait for a broker that is down; the reconciler rings again."""
+    """A connection that gives up soon: who rings must not wait long for a broker that is down."""
     return Redis.from_url(url(), socket_connect_timeout=2, socket_timeout=5, retry=Retry(ConstantBackoff(0.1), 2))
 
 

@@ -92,7 +92,7 @@ def _loss(run: ModelRun) -> str:
 
 def table(runs: list[ModelRun]) -> str:
     """Small, scaled, large: what each is, what it cost and how well it ended (on the test split)."""
-    rows = [("", "parameters", "tokens", "FLOPs", "time", "loss", "perplexity")]
+    rows: list[tuple[str, ...]] = [("", "parameters", "tokens", "FLOPs", "time", "loss", "perplexity")]
     rows += [_row(run) for run in runs]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [

@@ -46,7 +46,7 @@ def ingest(run: ModelRun, chunk: bytes, offset: int) -> int:
                 notes.append(_unreadable(run, line, at))
             else:
                 known.update(_known(event))
-                if event.kind == "train" or (event.kind == "eval" and event.split != Point.Split.TRAIN):
+                if event.kind == "train" or (event.kind == "eval" and event.split != "train"):
                     point = _point(run, event)
                     points[point.split, point.step] = point  # PostgreSQL refuses one row twice in a statement
                 elif event.kind not in _NOT_NOTED:

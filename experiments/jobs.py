@@ -12,6 +12,7 @@ for by :func:`reconcile`. Jobs carry ids, never content: whoever can read the qu
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import time
@@ -51,7 +52,7 @@ class LimitReached(Exception):
     """A user's limit stands in the way; the message says which, and what would help."""
 
 
-# Asked for by people ----------------------------------------------------------------------------------------------------
+# Asked for by people --------------------------------------------------------------------------------------------------
 
 
 def create(
@@ -100,7 +101,9 @@ def submit(experiment: Experiment) -> None:
 
 def request_stop(target: Experiment | ModelRun) -> None:
     """Stop a run, or all of an experiment: queued ones are cancelled now, running ones write a checkpoint and leave."""
-    for run in _runs(target).filter(state__in=ACTIVE):
+    for run in (
+        _runs(target).filter(state__in=ACTIVE).order_by("-pk")
+    ):  # children first: they too are stopped on request
         ModelRun.objects.filter(pk=run.pk, state__in=ACTIVE).update(stop_requested=True)
         if run.state == State.QUEUED and _settle(run, State.CANCELLED, Reason.STOPPED):
             transaction.on_commit(lambda run=run: _forget(run))  # type: ignore[misc]
@@ -178,7 +181,7 @@ def place_in_line(run: ModelRun) -> int | None:
     """1 for the run that gets the next free place on its host; None if it is not waiting for one."""
     if run.state != State.QUEUED or _waits_for_parent(run):
         return None
-    return _before(run).count() + 1
+    return int(_before(run).count()) + 1
 
 
 def _check_limits(owner: User, more: int) -> None:
@@ -202,7 +205,7 @@ def _runs(target: Experiment | ModelRun) -> Any:
     return runs.filter(experiment=target) if isinstance(target, Experiment) else runs.filter(pk=target.pk)
 
 
-# The line: which run comes next on a host -------------------------------------------------------------------------------
+# The line: which run comes next on a host -----------------------------------------------------------------------------
 
 
 def _ready() -> Q:
@@ -221,7 +224,7 @@ def _before(run: ModelRun) -> Any:
 
 
 def _claim(run: ModelRun) -> bool:
-    """Take a place on the host for `run`: True if it is running now. However many workers try, places are not doubled."""
+    """Take a place on the host for `run`: whether it got one. However many workers try, no place is given twice."""
     with transaction.atomic():
         host = Host.objects.select_for_update().get(pk=run.experiment.host_id)
         training = ModelRun.objects.filter(experiment__host=host, state=State.RUNNING).count()
@@ -239,7 +242,7 @@ def ring_line(host: Host) -> None:
     _ring(waiting[: max(0, host.slots - training)])
 
 
-# Ringing: the queue ------------------------------------------------------------------------------------------------------
+# Ringing: the queue ---------------------------------------------------------------------------------------------------
 
 
 def _ring_for(experiment: UUID) -> None:
@@ -275,10 +278,8 @@ def _enqueue(queue: Queue, run: ModelRun) -> None:
         if Job.exists(parent, connection=queue.connection):  # else it is rung for when its parent has succeeded
             queue.enqueue_call(FOLLOW, depends_on=parent, **options)
     else:
-        try:
+        with contextlib.suppress(DuplicateJobError):  # somebody else rang in the same moment
             queue.enqueue_call(FOLLOW, unique=True, **options)
-        except DuplicateJobError:
-            pass  # somebody else rang in the same moment
 
 
 def _has_job(queue: Queue, run: ModelRun, anew: bool) -> bool:
@@ -323,7 +324,7 @@ def _forget(run: ModelRun) -> None:
         log.warning("the broker does not answer (%s)", error)
 
 
-# Following: the job -----------------------------------------------------------------------------------------------------
+# Following: the job ---------------------------------------------------------------------------------------------------
 
 
 def follow(run_id: int, attempt: int, *, detached: Callable[[], bool] = lambda: False) -> bool:
@@ -426,7 +427,7 @@ def _still_wanted(run: ModelRun, transport: Transport) -> bool:
     return True
 
 
-# Settling: how a run ended -----------------------------------------------------------------------------------------------
+# Settling: how a run ended --------------------------------------------------------------------------------------------
 
 
 def _conclude(run: ModelRun, status: Status) -> None:
@@ -498,11 +499,11 @@ def _parent_ended(parent: ModelRun) -> str:
     return f"{parent.name}: {Reason(parent.reason).label}"
 
 
-# Putting right what died in between --------------------------------------------------------------------------------------
+# Putting right what died in between -----------------------------------------------------------------------------------
 
 
 def reconcile() -> None:
-    """One look at everything that is wanted: whoever has nobody to follow it is rung for. Safe at any time, anywhere."""
+    """One look at everything that is wanted: who has nobody to follow it is rung for. Safe at any time, anywhere."""
     for run in _active(State.QUEUED).filter(Q(parent__state__in=RESUMABLE) | Q(stop_requested=True)):
         _begin(run)
     stale = timezone.now() - timedelta(seconds=STALE)

@@ -26,8 +26,10 @@ if not apps.ready:
     django.setup()
 
 from django.db import connections
-from redis.exceptions import ConnectionError as BrokerGone, TimeoutError as BrokerSlow
-from rq import Queue, Retry, Worker as RqWorker, get_current_job
+from redis.exceptions import ConnectionError as BrokerGone
+from redis.exceptions import TimeoutError as BrokerSlow
+from rq import Queue, Retry, get_current_job
+from rq import Worker as RqWorker
 from rq.executions import Execution
 from rq.job import Job
 
@@ -99,7 +101,7 @@ class Worker(RqWorker):
 
     def handle_warm_shutdown_request(self) -> None:
         """Asked to end, a worker does not wait for its run, which may take days: the follower lets go of it."""
-        super().handle_warm_shutdown_request()
+        super().handle_warm_shutdown_request()  # type: ignore[no-untyped-call]
         if self.horse_pid:
             self.kill_horse(signal.SIGTERM)
 

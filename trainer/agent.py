@@ -32,7 +32,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Optional, Union
+from typing import Any, NamedTuple
 
 SENTINEL = "== kangaroo agent 1 =="
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,7 +43,7 @@ CHUNK = 256 * 1024
 _LOG_LINES = 20
 
 
-# Who is who: a pid means something only with its start time and the boot it belongs to ----------------------------------
+# Who is who: a pid means something only with its start time and the boot it belongs to --------------------------------
 
 
 def boot_id() -> str:
@@ -54,7 +54,7 @@ def boot_id() -> str:
         return _output("sysctl", "-n", "kern.boottime")
 
 
-def started_at(pid: int) -> Optional[str]:
+def started_at(pid: int) -> str | None:
     """When process `pid` started, as its kernel says it; None if there is none, or only its zombie."""
     if Path("/proc/self/stat").exists():
         try:
@@ -71,9 +71,9 @@ def identity(pid: int) -> dict[str, Any]:
     return {"pid": pid, "started": started_at(pid)}
 
 
-def is_alive(who: Optional[Mapping[str, Any]]) -> bool:
+def is_alive(who: Mapping[str, Any] | None) -> bool:
     """Whether the very process of an :func:`identity` still runs."""
-    return bool(who) and who["started"] is not None and started_at(who["pid"]) == who["started"]
+    return who is not None and who["started"] is not None and started_at(who["pid"]) == who["started"]
 
 
 def _output(*command: str) -> str:
@@ -83,15 +83,15 @@ def _output(*command: str) -> str:
         return ""
 
 
-# Start ------------------------------------------------------------------------------------------------------------------
+# Start ----------------------------------------------------------------------------------------------------------------
 
 
 def start(
-    directory: Union[str, Path],
+    directory: str | Path,
     attempt: int,
     *,
-    threads: Optional[int] = None,
-    env: Optional[Mapping[str, str]] = None,
+    threads: int | None = None,
+    env: Mapping[str, str] | None = None,
 ) -> str:
     """Start the trainer of `directory`; safe to call any number of times, from anywhere, at once.
 
@@ -131,7 +131,7 @@ def _locked(lock: int) -> bool:
     return True
 
 
-def _leave_supervisor(directory: Path, attempt: int, lock: int, env: dict[str, str], threads: Optional[int]) -> None:
+def _leave_supervisor(directory: Path, attempt: int, lock: int, env: dict[str, str], threads: int | None) -> None:
     # A fresh interpreter rather than a fork of the caller: it holds none of the caller's memory, threads or
     # connections. It forks once more and so belongs to init; the pipe says when process.json stands.
     env["KANGAROO_ATTEMPT"] = str(attempt)
@@ -262,10 +262,10 @@ def _counter(path: Path) -> int:
     raise ValueError(f"{path} does not count oom_kill")
 
 
-# Status -----------------------------------------------------------------------------------------------------------------
+# Status ---------------------------------------------------------------------------------------------------------------
 
 
-def status(directory: Union[str, Path]) -> dict[str, Any]:
+def status(directory: str | Path) -> dict[str, Any]:
     """What is known of a run directory's process.
 
     Returns attempt (0 if there was never one), alive, pid, at, and exit: None, or how that attempt ended. `exit` has
@@ -295,7 +295,7 @@ def status(directory: Union[str, Path]) -> dict[str, Any]:
     }
 
 
-def _read(path: Path) -> Optional[dict[str, Any]]:
+def _read(path: Path) -> dict[str, Any] | None:
     try:
         return json.loads(path.read_text())  # type: ignore[no-any-return]
     except (OSError, ValueError):
@@ -312,10 +312,10 @@ def _write(path: Path, value: Mapping[str, Any]) -> None:
     os.replace(temporary, path)
 
 
-# Stop -------------------------------------------------------------------------------------------------------------------
+# Stop -----------------------------------------------------------------------------------------------------------------
 
 
-def stop(directory: Union[str, Path], grace: float = GRACE, *, wait: bool = False) -> bool:
+def stop(directory: str | Path, grace: float = GRACE, *, wait: bool = False) -> bool:
     """Ask the trainer to write a checkpoint and leave; `grace` seconds after the first request it is killed.
 
     The request is a file that the supervisor acts on, so it is carried out whether or not the caller lives on. Where
@@ -338,7 +338,7 @@ def stop(directory: Union[str, Path], grace: float = GRACE, *, wait: bool = Fals
         time.sleep(0.1)
 
 
-def _act_on_stop(directory: Path, trainer: Optional[Mapping[str, Any]]) -> None:
+def _act_on_stop(directory: Path, trainer: Mapping[str, Any] | None) -> None:
     path = directory / "stop"
     if trainer is None or not path.exists() or not is_alive(trainer):
         return
@@ -351,7 +351,7 @@ def _act_on_stop(directory: Path, trainer: Optional[Mapping[str, Any]]) -> None:
             _write(path, {**asked, "signalled": True})
 
 
-# Tail -------------------------------------------------------------------------------------------------------------------
+# Tail -----------------------------------------------------------------------------------------------------------------
 
 
 class Frame(NamedTuple):
@@ -367,9 +367,7 @@ class Frame(NamedTuple):
         return b"%s %d\n" % (self.kind.encode(), self.offset)
 
 
-def tail(
-    directory: Union[str, Path], offset: int = 0, *, poll: float = 0.25, heartbeat: float = 5.0
-) -> Iterator[Frame]:
+def tail(directory: str | Path, offset: int = 0, *, poll: float = 0.25, heartbeat: float = 5.0) -> Iterator[Frame]:
     """Frames of events.jsonl from byte `offset`, complete lines only, until the process has ended."""
     path = Path(directory) / "events.jsonl"
     last = time.monotonic()
@@ -407,10 +405,10 @@ def _lines(path: Path, offset: int) -> bytes:
     return data[: data.rindex(b"\n") + 1]
 
 
-# Command line -----------------------------------------------------------------------------------------------------------
+# Command line ---------------------------------------------------------------------------------------------------------
 
 
-def main(arguments: Optional[list[str]] = None) -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="trainer agent", description=(__doc__ or "").split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("start", "status", "stop", "tail", "supervise"):

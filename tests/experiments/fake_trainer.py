@@ -125,6 +125,7 @@ def go_wrong(fault: str, emit: Stream, step: int) -> int:
         emit.file.flush()
     if fault == "hang":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        emit("warning", message="hangs")
         time.sleep(3600)
     return 0
 
