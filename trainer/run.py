@@ -39,6 +39,7 @@ from trainer.endings import CheckpointError, DataError, StopRequested, ending
 from trainer.events import Event, Failed, Finished
 from trainer.families import Described, FamilyError, build_model, get_family, read_config
 from trainer.growth import GrowthError, plan
+from trainer.growth.apply import SourceError, grow_checkpoint
 from trainer.spec import CheckpointInit, ExperimentSpec, GrowInit, RandomInit, SpecError, TrainSpec, load_spec
 
 if TYPE_CHECKING:
@@ -336,7 +337,6 @@ def _grown(
     spec: ExperimentSpec, name: str, directory: Path, prepared: Prepared, device: torch.device
 ) -> tuple[Any, Fields]:
     from trainer import evaluate
-    from trainer.growth.apply import SourceError, grow_checkpoint
 
     model = spec.models[name]
     assert isinstance(model.init, GrowInit)
@@ -348,17 +348,13 @@ def _grown(
             f"{name} is grown from {model.init.parent}, which has no finished model in {source}; train it first."
         )
     start = time.perf_counter()
-    family = get_family(model.family)
-    try:
-        parent_shape, n_positions, d_vocab, tied = family.shape_of(read_config(source))
-        growth = plan(
-            model.family, parent_shape, model.shape, model.init, n_positions=n_positions, d_vocab=d_vocab, tied=tied
-        )
-    except (FamilyError, GrowthError) as error:
-        raise CheckpointError(f"{name} cannot be grown from {source}: {error}") from error
     weights = directory / ".grown"
     shutil.rmtree(weights, ignore_errors=True)
     try:
+        parent_shape, n_positions, d_vocab, tied = get_family(model.family).shape_of(read_config(source))
+        growth = plan(
+            model.family, parent_shape, model.shape, model.init, n_positions=n_positions, d_vocab=d_vocab, tied=tied
+        )
         grow_checkpoint(source, weights, growth, settings.seed)
         child = _load(weights, device)
     except (FamilyError, GrowthError, SourceError) as error:
