@@ -130,7 +130,7 @@ def estimate(form: ExperimentForm) -> Estimate:
 
 def _pair(form: ExperimentForm) -> tuple[ModelSpec, ModelSpec] | None:
     """Small and the shape to grow it to, as far as each is right by itself: growth between them may be impossible."""
-    document = document_of(form.cleaned_data)["models"]
+    document = document_of(form.typed)["models"]
     try:
         small = ModelSpec.model_validate(document["small"])
         large = ModelSpec.model_validate({**document["scaled"], "init": {"kind": "random"}})
@@ -141,7 +141,7 @@ def _pair(form: ExperimentForm) -> tuple[ModelSpec, ModelSpec] | None:
 
 def _growth(spec: ExperimentSpec, form: ExperimentForm) -> Verdict | None:
     """What the chosen pair of rules does to these shapes."""
-    pair, values = _pair(form), form.cleaned_data
+    pair, values = _pair(form), form.typed
     if pair is None or "width" not in values or "depth" not in values:
         return None
     return _verdict(*pair, _init(width=values["width"], depth=values["depth"]), spec)

@@ -266,7 +266,9 @@ class ExperimentForm(forms.Form):
         super().__init__(data.copy() if data is not None else None, files, **kwargs)
         self.user, self.owner = user, owner
         self.spec: ExperimentSpec | None = None
-        self.readable: ExperimentSpec | None = None  # what is right of a spec that is not: for the sheet alone
+        # For the sheet alone: what is right of a spec that is not, and the values before wrong ones were taken out.
+        self.readable: ExperimentSpec | None = None
+        self.typed: dict[str, Any] = {}
         for role in ("small", "large"):
             for name in (*DIMENSIONS, "init_range"):
                 kind = NumberField if name in ("layer_norm_eps", "init_range") else WholeField
@@ -326,6 +328,7 @@ class ExperimentForm(forms.Form):
         self._clean_text()
         self._clean_checkpoint()
         self._clean_tokenizer()
+        self.typed = dict(self.cleaned_data)
         self.readable = self._read_spec()
         if not self.errors:
             self.spec = self.readable

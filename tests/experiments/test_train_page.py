@@ -1,0 +1,441 @@
+"""The Train page: what it shows, what it starts, and that it starts it once."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import uuid
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from django.core.files.uploadedfile import SimpleUploadedFile
+from django.db import IntegrityError
+from django.test import Client
+from django.urls import reverse
+
+from accounts.models import User
+from experiments import estimate as estimates
+from experiments import jobs
+from experiments.models import Experiment, ModelRun, State
+from experiments.presets import FIRST_LOOK, ORIGINAL, PRESETS
+from experiments.templatetags.figures import count, flops
+from tests.experiments.factories import make_experiment, make_user
+from tests.experiments.test_forms import first_look, posted
+from trainer.budget import sheet
+
+pytestmark = pytest.mark.django_db
+
+TRAIN = "/train/"
+
+
+class Page(HTMLParser):
+    """A page's elements with their attributes, for tests that follow what points at what."""
+
+    def __init__(self, response: Any):
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str]]] = []
+        self.feed(response.content.decode())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, {name: value or "" for name, value in attrs}))
+
+    def all(self, tag: str) -> list[dict[str, str]]:
+        return [attrs for name, attrs in self.elements if name == tag]
+
+    def by_id(self, id: str) -> dict[str, str]:
+        (found,) = [attrs for _, attrs in self.elements if attrs.get("id") == id]
+        return found
+
+    @property
+    def ids(self) -> set[str]:
+        return {attrs["id"] for _, attrs in self.elements if "id" in attrs}
+
+
+@pytest.fixture
+def owner(client: Client) -> User:
+    user = make_user()
+    client.force_login(user)
+    return user
+
+
+# Looking at it --------------------------------------------------------------------------------------------------------
+
+
+def test_looking_at_the_page_makes_no_guest_and_no_session(client: Client) -> None:
+    assert client.get(TRAIN).status_code == 200
+    assert "sessionid" not in client.cookies
+    assert not User.objects.exists()
+
+
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=lambda preset: preset.key)
+def test_a_preset_fills_the_form_by_a_link_alone(client: Client, preset: Any) -> None:
+    page = Page(client.get(TRAIN, {"preset": preset.key}))
+    assert page.by_id("id_name")["value"] == preset.spec.name
+    assert page.by_id("id_large_d_model")["value"] == str(preset.spec.models["large"].shape.d_model)
+    chosen = [a["href"] for a in page.all("a") if a.get("aria-current") == "true"]
+    assert chosen == [f"?preset={preset.key}"]
+    assert {a["href"] for a in page.all("a")} >= {f"?preset={key}" for key in PRESETS}
+
+
+def test_a_preset_that_does_not_exist_is_the_first_look(client: Client) -> None:
+    assert Page(client.get(TRAIN, {"preset": "nope"})).by_id("id_name")["value"] == FIRST_LOOK.spec.name
+
+
+def test_the_original_is_what_it_was() -> None:
+    small, large = (ORIGINAL.spec.models[name].shape for name in ("small", "large"))
+    assert small
+    assert (small.d_model, small.n_heads, small.d_head, small.d_mlp, small.n_layers) == (256, 4, 64, 512, 2)
+    assert large
+    assert (large.d_model, large.n_heads, large.d_head, large.d_mlp, large.n_layers) == (512, 4, 64, 1024, 4)
+    assert (ORIGINAL.spec.train.batch_size, ORIGINAL.spec.train.max_steps) == (8, 25_000)
+    assert (ORIGINAL.spec.data.source, ORIGINAL.spec.data.config) == ("wikitext", "wikitext-103-raw-v1")
+
+
+def test_the_page_needs_nothing_that_its_security_policy_refuses(client: Client) -> None:
+    response = client.get(TRAIN)
+    assert "unsafe" not in response["Content-Security-Policy"]
+    for tag, attrs in Page(response).elements:
+        assert "style" not in attrs
+        assert not [name for name in attrs if name.startswith(("on", "hx-on"))]
+        assert tag != "style"
+        assert tag != "script" or "src" in attrs
+        assert "js:" not in "".join(attrs.values())
+
+
+def test_whatever_points_at_another_element_finds_it(client: Client) -> None:
+    for response in (client.get(TRAIN), client.post(TRAIN, first_look(lr="fast", small_d_head="63", width="no"))):
+        page = Page(response)
+        for _, attrs in page.elements:
+            for name in ("aria-describedby", "aria-labelledby", "for"):
+                assert set(attrs.get(name, "").split()) <= page.ids, attrs
+            if attrs.get("href", "").startswith("#"):
+                assert attrs["href"][1:] in page.ids
+        ids = [attrs["id"] for _, attrs in page.elements if "id" in attrs]
+        assert len(ids) == len(set(ids))
+
+
+# Use as a start -------------------------------------------------------------------------------------------------------
+
+
+def test_an_experiment_of_ones_own_fills_the_form(client: Client, owner: User) -> None:
+    experiment = make_experiment(owner, name="Mine", points=0)
+    page = Page(client.get(TRAIN, {"from": str(experiment.pk)}))
+    assert page.by_id("id_name")["value"] == "Mine"
+    assert page.by_id("id_small_d_model")["value"] == "64"
+
+
+def test_a_public_experiment_fills_the_form_of_anybody(client: Client) -> None:
+    experiment = make_experiment(None, name="Shown to all", points=0, is_public=True)
+    assert Page(client.get(TRAIN, {"from": str(experiment.pk)})).by_id("id_name")["value"] == "Shown to all"
+
+
+def test_a_stranger_cannot_start_from_an_experiment(client: Client, owner: User) -> None:
+    experiment = make_experiment(make_user("bob@example.org"), points=0)
+    assert client.get(TRAIN, {"from": str(experiment.pk)}).status_code == 404
+    assert Client().get(TRAIN, {"from": str(experiment.pk)}).status_code == 404
+
+
+@pytest.mark.parametrize("name", ["", "1", "no-such-id", str(uuid.UUID(int=0))])
+def test_an_experiment_that_does_not_exist_is_not_found(client: Client, name: str) -> None:
+    assert client.get(TRAIN, {"from": name}).status_code == 404
+
+
+def test_what_the_form_leaves_out_of_an_experiment_is_said(client: Client, owner: User) -> None:
+    spec = FIRST_LOOK.spec.model_dump(mode="json")
+    spec["models"]["scaled"]["train"] = {"lr": 0.01}
+    experiment = make_experiment(owner, points=0, spec=spec)
+    assert b"models.scaled.train.lr" in client.get(TRAIN, {"from": str(experiment.pk)}).content
+
+
+def test_the_text_of_somebody_else_is_not_handed_on(client: Client, settings: Any) -> None:
+    spec = FIRST_LOOK.spec.model_dump(mode="json")
+    spec["data"]["source"] = str(settings.UPLOADS_DIR / "99" / "abc" / "diary.txt")
+    experiment = make_experiment(None, points=0, spec=spec, is_public=True)
+    response = client.get(TRAIN, {"from": str(experiment.pk)})
+    assert b"diary" not in response.content
+    assert "file of its owner" in response.content.decode()
+
+
+# Starting -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_guest_is_made_when_an_experiment_is_started(client: Client) -> None:
+    response = client.post(TRAIN, first_look(notes="Does it save anything?"))
+    experiment = Experiment.objects.get()
+    assert response.status_code == 302
+    assert response["Location"] == reverse("experiment", args=[experiment.pk])
+    assert experiment.owner == User.objects.get()
+    assert experiment.owner.is_guest
+    assert client.session["_auth_user_id"] == str(experiment.owner.pk)
+    assert experiment.notes == "Does it save anything?"
+    assert experiment.spec == FIRST_LOOK.spec
+    assert [(run.name, run.state) for run in experiment.runs.all()] == [
+        (name, State.QUEUED) for name in ("small", "scaled", "large")
+    ]
+
+
+def test_a_double_click_makes_one_experiment(client: Client, owner: User) -> None:
+    form = first_look()
+    first, second = client.post(TRAIN, form), client.post(TRAIN, form)
+    assert first["Location"] == second["Location"]
+    assert Experiment.objects.count() == 1
+
+
+def test_the_double_click_of_a_visitor_makes_one_guest_see_one_experiment() -> None:
+    """Both requests leave the browser before either brought the session back."""
+    form, first, second = first_look(), Client(), Client()
+    one, other = first.post(TRAIN, form), second.post(TRAIN, form)
+    assert one["Location"] == other["Location"]
+    experiment = Experiment.objects.get()
+    for client in (first, second):
+        assert client.session["_auth_user_id"] == str(experiment.owner_id)
+
+
+def test_two_clicks_at_the_same_instant_make_one_experiment(
+    client: Client, owner: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = jobs.create
+
+    def overtaken(*args: Any, **kwargs: Any) -> Experiment:
+        create(*args, **kwargs)
+        raise IntegrityError("UNIQUE constraint failed")
+
+    monkeypatch.setattr(jobs, "create", overtaken)
+    response = client.post(TRAIN, first_look())
+    assert response["Location"] == Experiment.objects.get().get_absolute_url()
+
+
+def test_a_form_that_was_changed_after_going_back_makes_another_experiment(client: Client, owner: User) -> None:
+    form = first_look()
+    client.post(TRAIN, form)
+    client.post(TRAIN, form | {"seed": "1"})
+    assert Experiment.objects.count() == 2
+
+
+def test_knowing_a_form_does_not_sign_anybody_in_as_its_owner(client: Client, owner: User) -> None:
+    form, visitor = first_look(), Client()
+    client.post(TRAIN, form)
+    response = visitor.post(TRAIN, form)
+    assert "_auth_user_id" not in visitor.session
+    assert visitor.get(response["Location"]).status_code == 404
+
+
+def test_the_key_of_a_form_is_never_the_same_twice(client: Client) -> None:
+    keys = {Page(client.get(TRAIN)).by_id("id_key")["value"] for _ in range(3)}
+    assert len(keys) == 3
+
+
+def test_large_may_be_left_out(client: Client, owner: User) -> None:
+    client.post(TRAIN, first_look(train_large=False))
+    assert [run.name for run in ModelRun.objects.all()] == ["small", "scaled"]
+
+
+# Errors ---------------------------------------------------------------------------------------------------------------
+
+
+def test_an_error_stands_beside_its_field_and_loses_nothing(client: Client) -> None:
+    response = client.post(TRAIN, first_look(lr="fast", name="Kept", notes="kept too", train_large=False))
+    page = Page(response)
+    assert response.status_code == 422
+    assert not Experiment.objects.exists()
+    assert not User.objects.exists()  # nothing to own yet
+    field = page.by_id("id_lr")
+    assert (field["value"], field["aria-invalid"]) == ("fast", "true")
+    assert "id_lr_error" in field["aria-describedby"].split()
+    assert (
+        "lr fast: must be a number" in re.search(r'id="id_lr_error">(.*?)</p>', response.content.decode(), re.DOTALL)[1]
+    )  # type: ignore[index]
+    assert page.by_id("id_name")["value"] == "Kept"
+    assert b"kept too" in response.content
+    assert "checked" not in page.by_id("id_train_large")
+    summary = page.by_id("summary")
+    assert "autofocus" in summary
+    assert summary["role"] == "alert"
+    assert {"href": "#id_lr"} in page.all("a")
+
+
+def test_a_folded_field_with_an_error_is_unfolded(client: Client) -> None:
+    assert all("open" not in details for details in Page(client.get(TRAIN)).all("details"))
+    page = Page(client.post(TRAIN, first_look(beta2="1")))
+    assert any("open" in details for details in page.all("details"))
+
+
+def test_a_limit_is_said_on_the_page_and_nothing_is_lost(client: Client, owner: User, settings: Any) -> None:
+    settings.MAX_ACTIVE_RUNS_PER_USER = 2
+    response = client.post(TRAIN, first_look(name="Too much"))
+    assert response.status_code == 422
+    assert "2 are allowed" in response.content.decode()
+    assert Page(response).by_id("id_name")["value"] == "Too much"
+    settings.MAX_ACTIVE_RUNS_PER_USER = 3
+    assert client.post(TRAIN, first_look(name="Too much")).status_code == 302
+
+
+def test_the_form_can_be_checked_without_starting_anything(client: Client) -> None:
+    response = client.post(TRAIN, first_look(large_n_layers="6") | {"check": "1"})
+    assert response.status_code == 200
+    assert not Experiment.objects.exists()
+    assert not User.objects.exists()
+    assert Page(response).by_id("id_large_n_layers")["value"] == "6"
+
+
+def test_an_upload_is_kept_over_an_error_and_trained_on_afterwards(
+    client: Client, tmp_path: Path, settings: Any
+) -> None:
+    settings.UPLOADS_DIR = tmp_path / "uploads"
+    file = SimpleUploadedFile("book.txt", b"Call me Ishmael.")
+    response = client.post(TRAIN, first_look(source="upload", name="") | {"upload": file})
+    assert response.status_code == 422
+    kept = Page(response).by_id("id_uploaded")["value"]
+    assert "book.txt" in response.content.decode()
+    response = client.post(TRAIN, first_look(source="upload", name="Named", uploaded=kept))
+    assert response.status_code == 302
+    source = Path(Experiment.objects.get().spec.data.source)
+    assert source.read_text() == "Call me Ishmael."
+    again = Page(client.get(TRAIN, {"from": str(Experiment.objects.get().pk)}))
+    assert again.by_id("id_uploaded")["value"] == kept
+
+
+# The sheet ------------------------------------------------------------------------------------------------------------
+
+
+def ask(client: Client, form: dict[str, str]) -> str:
+    response = client.post("/train/estimate/", form)
+    assert response.status_code == 200
+    assert not User.objects.filter(is_guest=True).exists()
+    return str(response.content.decode())
+
+
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=lambda preset: preset.key)
+def test_the_sheet_says_what_the_budget_says(client: Client, preset: Any) -> None:
+    text = ask(client, posted(preset.spec))
+    for budget in sheet(preset.spec).values():
+        assert f'title="{count(budget.parameters)}"' in text
+        assert f'title="{count(budget.non_embedding_parameters)}"' in text
+        assert f">{flops(budget.flops)}<" in text
+    assert "problem" not in text
+
+
+def test_the_sheet_is_on_the_page_without_javascript(client: Client) -> None:
+    assert count(sheet(FIRST_LOOK.spec)["large"].parameters) in client.get(TRAIN).content.decode()
+
+
+def test_the_estimate_takes_no_get(client: Client) -> None:
+    assert client.get("/train/estimate/").status_code == 405
+
+
+def test_growth_is_judged_for_these_very_shapes(client: Client) -> None:
+    text = ask(client, first_look())
+    assert "Growth keeps the function for these shapes." in text
+    changed = ask(client, first_look(width="random_pad"))
+    assert "Growth does not keep the function." in changed
+    impossible = ask(client, first_look(large_d_model="300", large_n_heads="3"))
+    assert 'href="#id_large_d_model"' in impossible
+    verdict = re.search(r'id="verdict_width_duplicate".*?</p>', impossible, re.DOTALL)
+    assert verdict
+    assert "Cannot be used for these shapes." in verdict[0]
+    assert 'hx-swap-oob="true"' in verdict[0]
+
+
+def test_what_can_be_counted_is_counted_beside_errors(client: Client) -> None:
+    text = ask(client, first_look(name="", lr="fast", small_d_head="63"))
+    assert f'title="{count(sheet(FIRST_LOOK.spec)["large"].parameters)}"' in text
+    assert text.count("model-small") == 0
+    assert "3 problems" in text
+    assert 'href="#id_small_d_head"' in text
+
+
+@pytest.mark.parametrize("field", ["n_ctx", "batch_size", "d_vocab"])
+def test_no_figure_is_made_up_for_a_value_that_cannot_be_read(client: Client, field: str) -> None:
+    assert "The figures appear once" in ask(client, first_look(**{field: "many"}))
+
+
+def test_without_a_readable_length_the_size_is_still_shown(client: Client) -> None:
+    text = ask(client, first_look(max_steps=""))
+    assert f'title="{count(sheet(FIRST_LOOK.spec)["small"].parameters)}"' in text
+    assert "All have finished" not in text
+
+
+def test_time_is_a_guess_until_something_was_measured(client: Client, owner: User) -> None:
+    assert "low guess" in ask(client, first_look())
+    experiment = make_experiment(owner, points=0)
+    experiment.runs.update(flops=3e12, train_seconds=10.0)
+    experiment.runs.filter(name="large").update(flops=9e12, train_seconds=0.5)  # too short to say anything
+    experiment.runs.filter(name="scaled").update(flops=5e12)
+    speed = estimates.measured_speed()
+    assert speed == (4e11, 2)
+    text = ask(client, first_look())
+    assert "Time from the newest 2 runs here: 4.0e11 FLOPs a second" in text.replace("\n", " ")
+
+
+def test_epochs_are_counted_once_the_text_was_read(client: Client, owner: User) -> None:
+    form = first_look(max_steps="", num_epochs="2", warmup_steps="0")
+    assert "once the text was read" in ask(client, form)
+    spec = FIRST_LOOK.spec.model_dump(mode="json")
+    make_experiment(owner, points=0, spec=spec)  # its `prepared` says 5,000,000 tokens
+    assert "10.0" in ask(client, form)
+
+
+def test_a_model_that_does_not_fit_into_memory_is_warned_of(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = sheet(FIRST_LOOK.spec)["large"].memory_bytes
+    assert needed
+    assert "this machine has" not in ask(client, first_look())
+    monkeypatch.setattr(estimates, "memory_bytes", lambda: needed - 1)
+    text = ask(client, first_look())
+    assert "large needs about" in text
+    assert "small needs about" not in text
+    monkeypatch.setattr(estimates, "memory_bytes", lambda: needed + 1)
+    assert "train at once need about" in ask(client, first_look())
+
+
+def test_the_machine_says_how_much_memory_it_has() -> None:
+    found = estimates.memory_bytes()
+    if not Path("/proc/meminfo").exists():
+        assert found is None
+    else:
+        assert found
+        assert 1e8 < found <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@pytest.mark.parametrize(("slots", "factor"), [(1, 3), (2, 2), (3, 2)])
+def test_the_last_model_ends_when_its_parent_and_a_free_place_allow(settings: Any, slots: int, factor: int) -> None:
+    settings.LOCAL_SLOTS = slots
+    budgets = {name: replace(budget, seconds=60.0) for name, budget in sheet(FIRST_LOOK.spec).items()}
+    assert estimates._until_finished(FIRST_LOOK.spec, budgets) == 60.0 * factor
+
+
+def test_a_field_that_differs_between_the_two_shapes_is_marked(client: Client) -> None:
+    text = client.get(TRAIN).content.decode()
+    marked = {name for differs, name in re.findall(r'class="shape-row([^"]*)" data-row="(\w+)"', text) if differs}
+    assert marked == {"d_model", "n_heads", "d_mlp", "n_layers"}
+
+
+# The process ----------------------------------------------------------------------------------------------------------
+
+
+def test_serving_the_page_imports_nothing_heavy(tmp_path: Path) -> None:
+    code = """
+import django, sys
+django.setup()
+from django.core.management import call_command
+call_command("migrate", verbosity=0)
+import kangaroo_site.wsgi
+from django.test import Client
+client = Client()
+assert client.get("/train/", HTTP_HOST="localhost").status_code == 200
+assert client.post("/train/estimate/", {"name": "x"}, HTTP_HOST="localhost").status_code == 200
+print(*sorted({"torch", "transformers", "datasets", "tokenizers", "numpy", "pyarrow"} & set(sys.modules)))
+"""
+    environment = os.environ | {
+        "KANGAROO_VAR": str(tmp_path),
+        "DJANGO_SETTINGS_MODULE": "kangaroo_site.settings",
+        "DEBUG": "1",
+        "DATABASE_URL": f"sqlite:///{tmp_path / 'db.sqlite3'}",
+    }
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == []
