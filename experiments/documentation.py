@@ -73,7 +73,8 @@ def _fit_in(tokens: list[Token]) -> None:
         token.attrs.pop("style", None)
         if token.type == "table_open":
             token.attrJoin("class", "table table-scroll")
-            token.attrSet("tabindex", "0")
+        if token.type in ("table_open", "fence", "code_block"):
+            token.attrSet("tabindex", "0")  # wide ones scroll, which the keyboard must be able to do
         for child in token.children or []:
             if child.type == "link_open":
                 child.attrSet("href", _address(str(child.attrGet("href"))))
