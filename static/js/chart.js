@@ -141,17 +141,19 @@ function charge(model, axis) {
   return cost;
 }
 
-// Debiased moving average that forgets by distance on x, not by count, so that uneven points are smoothed alike.
+// Debiased moving average that forgets by distance on x, not by count, so that uneven points are smoothed alike. The
+// unit of distance is the mean one between points, or a thousandth of the whole where that is more.
 function smoothed(xs, ys, strength) {
   const weight = Math.min(Math.sqrt(strength), 0.999);
   const span = xs.length > 1 ? xs[xs.length - 1] - xs[0] : 0;
   if (!weight || !span) return ys;
+  const units = Math.min(1000, xs.length - 1);
   let sum = 0;
   let norm = 0;
   let last = xs[0];
   return ys.map((y, i) => {
     if (y === null) return null;
-    const fade = weight ** (((xs[i] - last) / span) * 1000);
+    const fade = weight ** (((xs[i] - last) / span) * units);
     last = xs[i];
     sum = sum * fade + y;
     norm = norm * fade + 1;
