@@ -5,7 +5,6 @@ from django.contrib import admin
 from django.urls import include, path
 
 admin.site.site_header = admin.site.site_title = "Kangaroo"
-admin.site.index_title = "Administration"
 # Through the site's own sign-in, whose limits Django's does not have.
 admin.site.login = secure_admin_login(admin.site.login)  # type: ignore[method-assign]
 
