@@ -11,9 +11,17 @@ class ExperimentsConfig(AppConfig):
     def ready(self) -> None:
         # A signal, because an account that is deleted takes its experiments along without asking anybody here.
         post_delete.connect(_remove_directory, sender="experiments.Experiment")
+        post_delete.connect(_remove_uploads, sender="experiments.Experiment")
+        post_delete.connect(_remove_uploads, sender="accounts.User")
 
 
 def _remove_directory(instance: Any, **_: Any) -> None:
     from experiments.jobs import remove_directory
 
     remove_directory(instance)
+
+
+def _remove_uploads(instance: Any, **_: Any) -> None:
+    from experiments.sources import remove_uploads
+
+    remove_uploads(instance)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import re
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast, get_args
 
@@ -343,6 +344,8 @@ class ExperimentForm(forms.Form):
         # What could not be read is not in the document, where the spec's own default would quietly take its place.
         unread = [f"train.{name}" for name in TRAIN_FIELDS if name in self.errors]
         unread += ["data.source" for name in ("hub_name", "local_path", "upload") if name in self.errors]
+        if self.cleaned_data.get("tokenizer_kind") == "pretrained" and not self.cleaned_data.get("tokenizer_name"):
+            unread.append("data.tokenizer.name")
         unread += ["data.tokenizer.d_vocab" for name in ("d_vocab", "tokenizer_d_vocab") if name in self.errors]
         if not all(set_aside(document, location) for location in unread):
             return None
@@ -355,28 +358,40 @@ class ExperimentForm(forms.Form):
                 if not all(set_aside(document, problem.field) for problem in error.problems):
                     return None
 
-    def _clean_text(self) -> None:
-        values, field = self.cleaned_data, "source"
-        path: Path | None = None
+    @contextmanager
+    def _beside(self, field: str, value: Any = None) -> Iterator[None]:
+        """What is refused inside is said beside `field`, after its name and what was typed there."""
+        value = self.cleaned_data.get(field) if value is None else value
         try:
-            match values.get("source"):
-                case "hub":
-                    field = "hub_name"
-                    sources.hub_name(values.get("hub_name", ""))
-                    field = "hub_config"
+            yield
+        except (ValidationError, FamilyError) as error:
+            message = error.messages[0] if isinstance(error, ValidationError) else str(error)
+            self.add_error(field, _sentence(str(self.fields[field].label), value, message))
+
+    def _given(self, field: str) -> str:
+        if not (value := self.cleaned_data.get(field, "")):
+            raise ValidationError("must not be empty")
+        return str(value)
+
+    def _clean_text(self) -> None:
+        values = self.cleaned_data
+        path: Path | None = None
+        match values.get("source"):
+            case "hub":
+                with self._beside("hub_name"):
+                    sources.hub_name(self._given("hub_name"))
+                with self._beside("hub_config"):
                     sources.hub_config(values.get("hub_config", ""))
-                case "local":
-                    field = "local_path"
-                    path = sources.text_path(values.get("local_path", ""), self.user)
+            case "local":
+                with self._beside("local_path"):
+                    path = sources.text_path(self._given("local_path"), self.user)
                     values["local_path"] = str(path)
-                case "upload":
-                    field = "upload"
+            case "upload":
+                with self._beside("upload", getattr(values.get("upload"), "name", "")):
                     path = self._keep_upload()
-            if path and values.get("text_column"):
-                field = "text_column"
+        if path and values.get("text_column"):
+            with self._beside("text_column"):
                 sources.check_column(path, values["text_column"])
-        except ValidationError as error:
-            self.add_error(field, error)
 
     def _keep_upload(self) -> Path:
         """The file that was sent now, or one that was sent before; kept even when other fields have errors."""
@@ -387,22 +402,21 @@ class ExperimentForm(forms.Form):
             values["uploaded"] = shown["uploaded"] = sources.keep_upload(values["upload"], self.user)
         relative = values.get("uploaded", "")
         if not relative:
-            raise ValidationError("choose a file: txt, md, jsonl, csv or parquet")
+            raise ValidationError("choose one: txt, md, jsonl, csv or parquet")
         if not sources.may_use_upload(relative, self.user):
             shown["uploaded"] = ""
             raise ValidationError(f"{Path(relative).name} is not among your files here any more: choose it again")
         return Path(settings.UPLOADS_DIR / relative)
 
     def _clean_checkpoint(self) -> None:
-        values = self.cleaned_data
-        if values.get("small_source") != "checkpoint":
+        if self.cleaned_data.get("small_source") != "checkpoint":
             return
-        try:
-            name = values["small_checkpoint"] = sources.checkpoint(values.get("small_checkpoint", ""), self.user)
+        with self._beside("small_checkpoint"):
+            name = self.cleaned_data["small_checkpoint"] = sources.checkpoint(
+                self._given("small_checkpoint"), self.user
+            )
             if sources.is_path(name):
                 self._compare_with(read_config(Path(name)))
-        except (ValidationError, FamilyError) as error:
-            self.add_error("small_checkpoint", error if isinstance(error, ValidationError) else str(error))
 
     def _compare_with(self, config: dict[str, Any]) -> None:
         """A checkpoint that lies here says what small is; fields left empty are filled, others must agree."""
@@ -425,12 +439,12 @@ class ExperimentForm(forms.Form):
         values = self.cleaned_data
         if values.get("tokenizer_kind") != "pretrained":
             return
-        if not values.get("tokenizer_name") and values.get("small_source") == "checkpoint":
-            values["tokenizer_name"] = values.get("small_checkpoint", "")
-        try:
-            values["tokenizer_name"] = sources.tokenizer(values.get("tokenizer_name", ""), self.user)
-        except ValidationError as error:
-            self.add_error("tokenizer_name", error)
+        if values.get("small_source") == "checkpoint" and not values.get("tokenizer_name"):
+            if "small_checkpoint" in self.errors:
+                return
+            values["tokenizer_name"] = values["small_checkpoint"]
+        with self._beside("tokenizer_name"):
+            values["tokenizer_name"] = sources.tokenizer(self._given("tokenizer_name"), self.user)
 
     def _show(self, problem: Problem) -> None:
         """Put what trainer.spec found beside the field it belongs to, once."""

@@ -2,7 +2,8 @@
 
 A name is a Hub name or a path. A path must lie, symbolic links followed, in a folder that the operator opened to all
 users (LOCAL_DATA_DIRS), among the user's own uploads, or in the run directories of an experiment that the user may see.
-Everything here raises :class:`django.core.exceptions.ValidationError` with the sentence that the person reads.
+Everything here raises :class:`django.core.exceptions.ValidationError` that says what would be right; the form puts
+the field and the value before it.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import csv
 import hashlib
 import io
 import json
+import math
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -21,6 +24,7 @@ from uuid import UUID
 from django.conf import settings
 from django.core.exceptions import ValidationError
 from django.core.files.uploadedfile import UploadedFile
+from django.db import transaction
 
 from accounts.models import User
 from experiments.models import Experiment
@@ -41,18 +45,14 @@ def is_path(name: str) -> bool:
 
 
 def hub_name(name: str) -> str:
-    if not name:
-        raise ValidationError("a name is needed: name or owner/name, as on the Hub")
     if not HUB_NAME.fullmatch(name) or ".." in name or "--" in name or name.endswith((".git", ".", "-")):
-        raise ValidationError(
-            f"{name}: a name on the Hub is written name or owner/name, with letters, digits, - _ and . alone"
-        )
+        raise ValidationError("a name on the Hub is written name or owner/name, with letters, digits, - _ and . alone")
     return name
 
 
 def hub_config(name: str) -> str:
     if not HUB_CONFIG.fullmatch(name):
-        raise ValidationError(f"{name}: a config's name has letters, digits, - _ + and . alone")
+        raise ValidationError("a config's name has letters, digits, - _ + and . alone")
     return name
 
 
@@ -60,7 +60,7 @@ def text_path(text: str, user: Any) -> Path:
     """A file or folder of text that `user` may train on. A relative path is looked for in the operator's folders."""
     path = _allowed(text, user)
     if path.is_file() and path.suffix.lower() not in LOCAL_SUFFIXES:
-        raise ValidationError(f"{text}: a file must be one of {', '.join(LOCAL_SUFFIXES)}")
+        raise ValidationError(f"a file must be one of {', '.join(LOCAL_SUFFIXES)}")
     return path
 
 
@@ -70,7 +70,7 @@ def checkpoint(name: str, user: Any) -> str:
         return hub_name(name)
     path = _allowed(name, user)
     if not (path / "config.json").is_file():
-        raise ValidationError(f"{name}: a checkpoint is a folder with config.json and safetensors files in it")
+        raise ValidationError("a checkpoint is a folder with config.json and safetensors files in it")
     return str(path)
 
 
@@ -80,13 +80,11 @@ def tokenizer(name: str, user: Any) -> str:
         return hub_name(name)
     path = _allowed(name, user)
     if not (path / "tokenizer.json").is_file():
-        raise ValidationError(f"{name}: a tokenizer is a folder with tokenizer.json in it")
+        raise ValidationError("a tokenizer is a folder with tokenizer.json in it")
     return str(path)
 
 
 def _allowed(text: str, user: Any) -> Path:
-    if not text:
-        raise ValidationError("a path is needed")
     for candidate in _candidates(text):
         try:
             path = candidate.resolve(strict=True)
@@ -97,11 +95,11 @@ def _allowed(text: str, user: Any) -> Path:
     # One sentence for "not there" and "not yours": the difference would tell what lies on this machine.
     if not settings.LOCAL_DATA_DIRS:
         raise ValidationError(
-            f"{text}: there is no such path among those you may use; this site's operator opened no folder "
-            "(LOCAL_DATA_DIRS), so upload the file instead"
+            "there is no such path among those you may use; this site's operator opened no folder (LOCAL_DATA_DIRS), "
+            "so upload the file instead"
         )
     folders = ", ".join(map(str, settings.LOCAL_DATA_DIRS))
-    raise ValidationError(f"{text}: there is no such file or folder in {folders}")
+    raise ValidationError(f"there is no such file or folder in {folders}")
 
 
 def _candidates(text: str) -> list[Path]:
@@ -157,24 +155,24 @@ def check_upload(file: UploadedFile[Any]) -> None:
     name, size = file.name or "", file.size or 0
     suffix = Path(name).suffix.lower()
     if suffix not in TEXT_SUFFIXES:
-        raise ValidationError(f"{name}: must be one of {', '.join(TEXT_SUFFIXES)}")
+        raise ValidationError(f"must be one of {', '.join(TEXT_SUFFIXES)}")
     if size > settings.MAX_UPLOAD_MB * 1_000_000:
-        raise ValidationError(f"{name} has {size / 1e6:.0f} MB: at most {settings.MAX_UPLOAD_MB} MB can be uploaded")
+        raise ValidationError(f"has {math.ceil(size / 1e6)} MB; at most {settings.MAX_UPLOAD_MB} MB can be uploaded")
     if not size:
-        raise ValidationError(f"{name}: the file is empty")
+        raise ValidationError("the file is empty")
     file.seek(0)
     head = file.read(HEAD_BYTES)
     if suffix == ".parquet":
         if not head.startswith(b"PAR1"):
-            raise ValidationError(f"{name}: this is not a parquet file")
+            raise ValidationError("this is not a parquet file")
         return
     try:
         # Of a longer file, the head may end in the middle of a character.
         codecs.getincrementaldecoder("utf-8")().decode(head, final=size <= HEAD_BYTES)
     except UnicodeDecodeError as error:
-        raise ValidationError(f"{name}: must be text in UTF-8; byte {error.start} is not") from None
+        raise ValidationError(f"must be text in UTF-8; byte {error.start} is not") from None
     if b"\0" in head:
-        raise ValidationError(f"{name}: must be text; it holds zero bytes")
+        raise ValidationError("must be text; it holds zero bytes")
 
 
 def keep_upload(file: UploadedFile[Any], user: User) -> str:
@@ -189,7 +187,7 @@ def keep_upload(file: UploadedFile[Any], user: User) -> str:
         used = uploaded_bytes(user) + (file.size or 0)
         if settings.MAX_DISK_GB_PER_USER and used > settings.MAX_DISK_GB_PER_USER * 1e9:
             raise ValidationError(
-                f"your uploads would take {used / 1e9:.1f} GB: {settings.MAX_DISK_GB_PER_USER} are yours"
+                f"with it your uploads take {used / 1e9:.1f} GB; at most {settings.MAX_DISK_GB_PER_USER} GB may be kept"
             )
         target.parent.mkdir(parents=True, exist_ok=True)
         unfinished = target.with_name(f".{target.name}.part")
@@ -202,6 +200,33 @@ def keep_upload(file: UploadedFile[Any], user: User) -> str:
 
 def uploaded_bytes(user: User) -> int:
     return sum(f.stat().st_size for f in (settings.UPLOADS_DIR / str(user.pk)).rglob("*") if f.is_file())
+
+
+def remove_uploads(gone: User | Experiment) -> None:
+    """After a user or an experiment was deleted: remove the files that nobody has any more.
+
+    The files of a guest whose work went to an account are that account's, for as long as an experiment is trained on
+    them; those of a user who is there stay, since the next experiment may want them.
+    """
+    if isinstance(gone, User):
+        owner = str(gone.pk)
+    else:
+        source = Path(gone.spec_json.get("data", {}).get("source", ""))
+        if not source.is_relative_to(settings.UPLOADS_DIR):
+            return
+        owner = source.relative_to(settings.UPLOADS_DIR).parts[0]
+    transaction.on_commit(lambda: _remove_files_of_nobody(owner))
+
+
+def _remove_files_of_nobody(owner: str) -> None:
+    if not owner.isdecimal() or User.objects.filter(pk=int(owner)).exists():
+        return
+    for path in (settings.UPLOADS_DIR / owner).glob("*/*"):
+        if not Experiment.objects.filter(spec_json__data__source=str(path)).exists():
+            path.unlink(missing_ok=True)
+    for folder in [*(settings.UPLOADS_DIR / owner).glob("*"), settings.UPLOADS_DIR / owner]:
+        with suppress(OSError):  # not empty, or not there
+            folder.rmdir()
 
 
 def _safe_name(name: str) -> str:
@@ -221,9 +246,9 @@ def columns(path: Path) -> list[str] | None:
     try:
         row = json.loads(line)
     except ValueError:
-        raise ValidationError(f"{path.name}: its first line is not JSON; a .jsonl file has one object a line") from None
+        raise ValidationError("the file's first line is not JSON; a .jsonl file has one object a line") from None
     if not isinstance(row, dict):
-        raise ValidationError(f'{path.name}: its first line must be an object, such as {{"text": ...}}')
+        raise ValidationError('the file has one object a line, such as {"text": ...}; its first line is another thing')
     return list(map(str, row))
 
 
@@ -231,7 +256,7 @@ def check_column(path: Path, column: str) -> None:
     """Refuse a text column that the file has not."""
     found = columns(path)
     if found is not None and column not in found:
-        raise ValidationError(f"{column}: there is no such column; there is {_either(found)}")
+        raise ValidationError(f"there is no such column; there is {_either(found)}")
 
 
 def _either(names: Iterable[str]) -> str:

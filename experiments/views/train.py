@@ -78,8 +78,11 @@ def _create_once(request: HttpRequest, form: ExperimentForm, anonymous: bool) ->
         owner = ensure_user(request)
         try:
             return jobs.create(owner, form.spec, form.cleaned_data["notes"], id=pk)
-        except IntegrityError:  # the other click was quicker
-            experiment = Experiment.objects.get(pk=pk)
+        except (IntegrityError, jobs.LimitReached):
+            experiment = Experiment.objects.filter(pk=pk).first()
+            if experiment is None:
+                raise
+            # else the other click was quicker
     if anonymous and experiment.owner is not None and experiment.owner.is_guest and experiment.owner != request.user:
         # Both clicks came before there was a guest. Who knows the form's key, which no other page shows, is that guest.
         login(request, experiment.owner, backend="django.contrib.auth.backends.ModelBackend")

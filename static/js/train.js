@@ -207,12 +207,13 @@ const storage = (() => {
   }
 })();
 let waiting = null;
+let sending = false;
 
 function keep() {
   const values = read();
   try {
     if (same(values, start) && !("bound" in form.dataset)) storage?.removeItem(DRAFT);
-    else storage?.setItem(DRAFT, JSON.stringify(values));
+    else storage?.setItem(DRAFT, JSON.stringify({ values, sent: sending }));
   } catch {
     // full: the page itself still has everything
   }
@@ -231,11 +232,15 @@ const draft = (() => {
     return null;
   }
 })();
+// What was sent is an experiment by now, unless somebody comes back to it: the site could not be reached, or it is to be
+// started again with changes.
+const cameBack = performance.getEntriesByType("navigation")[0]?.type === "back_forward";
 if ("bound" in form.dataset) keep();
-else if (draft && !same(draft, start)) box.hidden = false;
+else if (draft?.sent && !cameBack) storage?.removeItem(DRAFT);
+else if (draft && !same(draft.values, start)) box.hidden = false;
 box.querySelector("[data-restore]").addEventListener("click", () => {
   box.hidden = true;
-  fill(draft);
+  fill(draft.values);
   form.elements.name.focus();
 });
 box.querySelector("[data-discard]").addEventListener("click", () => {
@@ -246,7 +251,6 @@ box.querySelector("[data-discard]").addEventListener("click", () => {
 
 // One click, one experiment ------------------------------------------------------------------------------------------
 
-let sending = false;
 const button = form.querySelector("button[type=submit]");
 const label = button.textContent;
 form.addEventListener("submit", (event) => {
@@ -258,7 +262,7 @@ form.addEventListener("submit", (event) => {
   button.setAttribute("aria-disabled", "true");
   button.textContent = form.elements.upload.files.length ? "Uploading and starting…" : "Starting…";
   clearTimeout(waiting);
-  storage?.removeItem(DRAFT);
+  keep();
 });
 window.addEventListener("pageshow", () => {
   // Also when the page comes back from the browser's memory.

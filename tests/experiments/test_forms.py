@@ -194,18 +194,18 @@ def test_every_field_of_a_spec_has_a_place_in_the_form() -> None:
         ({"seed": "-1"}, "seed", "at least 0"),
         ({"validation_fraction": "0.5"}, "validation_fraction", "less than 0.5"),
         ({"d_vocab": "255"}, "d_vocab", "at least 260"),
-        ({"tokenizer_kind": "pretrained", "tokenizer_name": ""}, "tokenizer_name", "a name is needed"),
+        ({"tokenizer_kind": "pretrained", "tokenizer_name": ""}, "tokenizer_name", "must not be empty"),
         (
             {"tokenizer_kind": "pretrained", "tokenizer_name": "gpt2", "tokenizer_d_vocab": "0"},
             "tokenizer_d_vocab",
             "1",
         ),
-        ({"source": "hub", "hub_name": ""}, "hub_name", "a name is needed"),
-        ({"source": "hub", "hub_name": "not a name"}, "hub_name", "owner/name"),
+        ({"source": "hub", "hub_name": ""}, "hub_name", "Dataset: must not be empty"),
+        ({"source": "hub", "hub_name": "not a name"}, "hub_name", "Dataset not a name: a name on the Hub is written"),
         ({"source": "hub", "hub_name": "wikitext", "hub_config": "a/b"}, "hub_config", "letters"),
-        ({"source": "upload"}, "upload", "choose a file"),
+        ({"source": "upload"}, "upload", "File: choose one"),
         ({"source": "elsewhere"}, "source", "elsewhere"),
-        ({"small_source": "checkpoint", "small_checkpoint": ""}, "small_checkpoint", "a name is needed"),
+        ({"small_source": "checkpoint", "small_checkpoint": ""}, "small_checkpoint", "must not be empty"),
         ({"small_source": "checkpoint", "small_checkpoint": "openai-community/gpt2"}, "tokenizer_kind", "pretrained"),
     ],
 )
@@ -402,6 +402,10 @@ def test_a_model_that_was_trained_here_can_be_grown_by_those_who_may_see_it(chec
     assert "small_checkpoint" in errors_of(NOBODY, **from_checkpoint(model, **EMPTY))
 
 
+def test_without_a_checkpoint_its_tokenizer_is_not_asked_for_too() -> None:
+    assert list(errors_of(**from_checkpoint("", tokenizer_name=""))) == ["small_checkpoint"]
+
+
 # Uploads --------------------------------------------------------------------------------------------------------------
 
 
@@ -508,6 +512,26 @@ def test_a_guests_upload_goes_along_when_their_work_is_claimed(user: User) -> No
     assert "upload" in upload(user, uploaded=kept).errors
     claim(guest, user)
     assert not upload(user, uploaded=kept).errors
+
+
+@pytest.mark.django_db(transaction=True)
+def test_the_files_of_a_user_go_when_nobody_has_them_any_more(opened: Path, settings: Any) -> None:
+    user, guest = make_user(), User.objects.create_guest()
+    used, unused = upload(guest, a_file("used.txt", b"one")), upload(guest, a_file("unused.txt", b"two"))
+    assert used.spec
+    assert unused.spec
+    spec = used.spec.model_dump(mode="json")
+    experiment = Experiment.objects.create(owner=guest, name="x", spec_json=spec, host=Host.local())
+    claim(guest, user)
+    assert Path(used.spec.data.source).exists()
+    assert not Path(unused.spec.data.source).exists()
+    experiment.delete()
+    assert list(settings.UPLOADS_DIR.iterdir()) == []
+    mine = upload(user, a_file())
+    assert mine.spec
+    assert Path(mine.spec.data.source).exists()
+    user.delete()
+    assert list(settings.UPLOADS_DIR.iterdir()) == []
 
 
 def test_more_than_a_users_share_of_the_disk_is_refused(user: User, settings: Any) -> None:

@@ -210,6 +210,19 @@ def test_two_clicks_at_the_same_instant_make_one_experiment(
     assert response["Location"] == Experiment.objects.get().get_absolute_url()
 
 
+def test_the_second_of_two_clicks_that_reach_a_limit_is_the_first_ones_experiment(
+    client: Client, owner: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = jobs.create
+
+    def overtaken(*args: Any, **kwargs: Any) -> Experiment:
+        create(*args, **kwargs)
+        raise jobs.LimitReached("3 are waiting, 3 are allowed")
+
+    monkeypatch.setattr(jobs, "create", overtaken)
+    assert client.post(TRAIN, first_look())["Location"] == Experiment.objects.get().get_absolute_url()
+
+
 def test_a_form_that_was_changed_after_going_back_makes_another_experiment(client: Client, owner: User) -> None:
     form = first_look()
     client.post(TRAIN, form)
