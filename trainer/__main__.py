@@ -80,10 +80,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _threads(text: str) -> int:
-    n = int(text)
-    if n < 1:
-        raise ValueError
-    return n
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"threads {text!r}: must be a whole number, at least 1")
+    return int(text)
 
 
 # --- run --------------------------------------------------------------------------------------------------------------
@@ -102,7 +101,11 @@ def _run(given: argparse.Namespace) -> int:
 
 def _run_one(given: argparse.Namespace, spec: ExperimentSpec, name: str) -> int:
     """Train one model in this process."""
-    threads = given.threads or int(os.environ.get("KANGAROO_THREADS") or 0) or cores()
+    try:
+        threads = given.threads or _threads(os.environ.get("KANGAROO_THREADS") or str(cores()))
+    except argparse.ArgumentTypeError as error:
+        print(f"KANGAROO_THREADS: {error}", file=sys.stderr)
+        return 2
     _set_threads(threads)
     from trainer.display import display_for
     from trainer.run import RunError, run

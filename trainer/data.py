@@ -198,6 +198,8 @@ def _write_atomically(path: Path, text: str) -> None:
 
 def _build(data: DataSpec, cache: Path, report: Report) -> str:
     """Read, split, tokenize and store. Returns the fingerprint, under which the folder then stands."""
+    if data.kind == "hub":
+        report(f"fetching {data.source} from the Hub", None, None)
     pieces = _Documents(data)
     scan = _scan(pieces, report)
     notes: list[str] = []
@@ -474,7 +476,8 @@ class _Documents:
             for name, rows in self.hub.items():
                 if self.own_splits and name not in SPLITS:
                     continue
-                column = text_column(f"{self.data.source} ({name})", _columns(rows.features), self.data.text_column)
+                columns = {column: str(getattr(kind, "dtype", "list")) for column, kind in rows.features.items()}
+                column = text_column(f"{self.data.source} ({name})", columns, self.data.text_column)
                 for row in rows.select_columns([column]):
                     yield row[column] or "", name if self.own_splits else None
             return
@@ -527,26 +530,23 @@ def _read_text(path: Path) -> str:
 def _read_table(path: Path, column: str | None) -> Iterator[str]:
     import datasets
 
+    kind = path.suffix[1:]
     try:
         rows = datasets.load_dataset(TABLE_FILES[path.suffix], data_files=str(path), split="train", streaming=True)
-        if rows.features is None:
-            rows = rows._resolve_features()
-        features = rows.features or {}
-    except Exception as error:
-        raise DataError(f"{path} cannot be read as {path.suffix[1:]}: {_cause(error)}") from error
-    column = text_column(str(path), _columns(features), column)
-    try:
+        first: dict[str, list[Any]] = next(rows.iter(batch_size=100), {})
+        found = text_column(str(path), {name: _kind(values) for name, values in first.items()}, column)
         for row in rows:
-            yield row[column] or ""
+            yield str(row[found] or "")
     except DataError:
         raise
     except Exception as error:
-        raise DataError(f"{path} cannot be read as {path.suffix[1:]}: {_cause(error)}") from error
+        raise DataError(f"{path} cannot be read as {kind}: {_cause(error)}") from error
 
 
-def _columns(features: Any) -> dict[str, str]:
-    """Column names with their types, in words."""
-    return {name: str(getattr(feature, "dtype", "list")) for name, feature in (features or {}).items()}
+def _kind(values: list[Any]) -> str:
+    """What a column holds, in a word."""
+    kinds = {type(value).__name__ for value in values if value is not None}
+    return "string" if kinds == {"str"} else " or ".join(sorted(kinds)) or "empty"
 
 
 def text_column(where: str, columns: dict[str, str], wanted: str | None) -> str:
@@ -577,8 +577,8 @@ def _load_from_hub(data: DataSpec) -> Any:
         return datasets.load_dataset(data.source, data.config)
     except Exception as error:
         raise DataError(
-            f"The dataset {asked} cannot be loaded from the Hub: {_cause(error)} A local path would begin with /, ./, "
-            "../ or ~."
+            f"The dataset {asked} cannot be loaded from the Hub: {_first_line(error)} A local path would begin "
+            "with /, ./, ../ or ~."
         ) from error
 
 

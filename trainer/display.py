@@ -103,8 +103,7 @@ def display_for(out: IO[str], log: Path | None, *, named: bool) -> Display:
     """The display that fits where `out` leads: a terminal, the run's own log, or anything else."""
     if out.isatty():
         return Bar()
-    if log is not None and log.exists() and os.path.sameopenfile(out.fileno(), log_descriptor := os.open(log, 0)):
-        os.close(log_descriptor)
+    if log is not None and log.exists() and os.path.samestat(os.fstat(out.fileno()), log.stat()):
         return Log(out)
     return JsonLines(out, named)
 

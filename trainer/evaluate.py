@@ -109,7 +109,7 @@ def samples(
     Drawn at temperature 0.8 from the 50 likeliest tokens, with a fixed seed.
     """
     n_ctx = held_out.shape[1] - 1
-    prompt_tokens = min(prompt_tokens, n_ctx // 2)
+    prompt_tokens = max(1, min(prompt_tokens, n_ctx // 2))
     prompts = [w[:prompt_tokens] for w in held_out[np.linspace(0, len(held_out) - 1, n).round().astype(int)]]
     ids = torch.from_numpy(np.stack(prompts)).to(model.device)
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
@@ -117,7 +117,7 @@ def samples(
         drawn = model.eval().generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            max_new_tokens=min(64, n_ctx - prompt_tokens),
+            max_new_tokens=max(1, min(64, n_ctx - prompt_tokens)),
             do_sample=True,
             temperature=0.8,
             top_k=50,

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import math
 import os
 import platform
 import queue
@@ -35,7 +36,7 @@ from pydantic import TypeAdapter
 
 from trainer import __version__, budget
 from trainer.data import Prepared, default_cache, prepare
-from trainer.endings import CheckpointError, DataError, StopRequested, ending
+from trainer.endings import CheckpointError, DataError, Diverged, StopRequested, ending
 from trainer.events import Event, Failed, Finished
 from trainer.families import Described, FamilyError, build_model, get_family, read_config
 from trainer.growth import GrowthError, plan
@@ -114,6 +115,8 @@ def _story(
         "versions": {"python": platform.python_version(), "kangaroo": __version__},
     }
 
+    # What torch.compile makes outlives the run, like the text.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache.parent / "compiled"))
     # Importing torch and the model classes takes seconds, so it goes on beside the preparation of the text.
     imports = threading.Thread(target=_import_torch, daemon=True)
     imports.start()
@@ -206,6 +209,8 @@ def _story(
 
     start = time.perf_counter()
     figures = evaluate.evaluate(model, test, precision=precision, bytes_per_token=prepared.test.bytes_per_token)
+    if not math.isfinite(figures["cross_entropy"]):
+        raise Diverged(last["step"], "The test loss")
     seconds = time.perf_counter() - start
     eval_seconds += seconds
     yield {"kind": "eval", "split": "test", **last, **figures, "eval_seconds": seconds}
@@ -347,6 +352,11 @@ def _grown(
         raise CheckpointError(
             f"{name} is grown from {model.init.parent}, which has no finished model in {source}; train it first."
         )
+    if (source / "tokenizer.json").read_bytes() != (prepared.tokenizer / "tokenizer.json").read_bytes():
+        raise CheckpointError(
+            f"{model.init.parent} was trained with another tokenizer than {name} would be: the text has changed "
+            "since. Train both in a new run."
+        )
     start = time.perf_counter()
     weights = directory / ".grown"
     shutil.rmtree(weights, ignore_errors=True)
@@ -380,15 +390,18 @@ def _load(path: Path | str, device: torch.device) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, loaded = AutoModelForCausalLM.from_pretrained(
             str(Path(path).expanduser()) if Path(path).expanduser().exists() else str(path),
             dtype=torch.float32,
             trust_remote_code=False,
             use_safetensors=True,
             attn_implementation="sdpa",
+            output_loading_info=True,
         )
     except (OSError, ValueError, ImportError) as error:
-        raise CheckpointError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"{path} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    if missing := sorted(loaded["missing_keys"]):  # transformers would fill them with random numbers
+        raise CheckpointError(f"{path} lacks the weights {', '.join(missing[:3])}{' ...' if missing[3:] else ''}.")
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # its config keeps what it said

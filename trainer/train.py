@@ -275,7 +275,7 @@ class Meter:
         self._unread: list[tuple[int, Tensor, Tensor, float, float]] = []  # step, loss, norm, lr, train_seconds
         self._started: float | None = None
         self._flushed = time.perf_counter()
-        self._reported = (state.step - len(state.pending), state.train_seconds)
+        self._reported = (state.step, state.train_seconds)
 
     def start(self) -> None:
         """The clock of training runs until the next flush."""
@@ -328,6 +328,8 @@ class Meter:
         figures = evaluate(
             model, self.task.held_out, precision=self.task.precision, bytes_per_token=self.task.bytes_per_token
         )
+        if not math.isfinite(figures["cross_entropy"]):
+            raise Diverged(self.step, "The validation loss")
         seconds = time.perf_counter() - start
         self.eval_seconds += seconds
         self._flushed = time.perf_counter()
