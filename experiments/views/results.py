@@ -13,6 +13,7 @@ import json
 import re
 import zipfile
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -222,15 +223,28 @@ def _tail(run: ModelRun, most: int) -> str:
 
 
 def _files(standing: Standing) -> list[dict[str, Any]]:
-    """Checkpoints and final models that can be downloaded, newest first."""
+    """Final models and checkpoints that can be downloaded, the newest of a model first."""
     found = []
     for each in standing.runs:
-        folders = sorted(each.run.directory.glob("checkpoints/step-*"), reverse=True)
-        for path in [each.run.directory / "model", *folders]:
-            if path.is_dir() and re.fullmatch(r"model|step-\d+", path.name):
-                size = sum(part.stat().st_size for part in path.rglob("*") if part.is_file())
-                found.append({"model": each.name, "colour": each.colour, "name": path.name, "bytes": size})
+        steps = sorted((path.name for path in each.run.directory.glob("checkpoints/step-*")), reverse=True)
+        for name in ["model", *steps]:
+            if (folder := _checkpoint(each.run, name)) is not None:
+                size = sum(path.stat().st_size for path in _members(folder))
+                found.append({"model": each.name, "colour": each.colour, "name": name, "bytes": size})
     return found
+
+
+def _checkpoint(run: ModelRun, name: str) -> Path | None:
+    """The folder of a checkpoint (`step-000400`) or of the final `model`; None if the run directory has none."""
+    if not re.fullmatch(r"model|step-\d+", name):
+        return None
+    folder = run.directory / ("model" if name == "model" else f"checkpoints/{name}")
+    inside = run.directory.resolve() / folder.relative_to(run.directory)
+    return folder if folder.is_dir() and folder.resolve() == inside else None  # a link leads elsewhere
+
+
+def _members(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink()]
 
 
 # Figures --------------------------------------------------------------------------------------------------------------
@@ -334,10 +348,8 @@ def log(request: HttpRequest, pk: UUID, name: str) -> HttpResponse:
 def checkpoint(request: HttpRequest, pk: UUID, name: str, checkpoint: str) -> HttpResponseBase:
     """A checkpoint, or the final model, as a zip file: a Hugging Face folder. Made while it is sent."""
     run = _run(request, pk, name)
-    if not re.fullmatch(r"model|step-\d+", checkpoint):
-        raise Http404
-    folder = run.directory / ("model" if checkpoint == "model" else f"checkpoints/{checkpoint}")
-    if not folder.is_dir() or not folder.resolve().is_relative_to(run.directory.resolve()):
+    folder = _checkpoint(run, checkpoint)
+    if folder is None:
         raise Http404("No such checkpoint")
     title = f"{run.name}-{checkpoint}"
     response = StreamingHttpResponse(_zipped(folder, title), content_type="application/zip")
@@ -345,13 +357,11 @@ def checkpoint(request: HttpRequest, pk: UUID, name: str, checkpoint: str) -> Ht
     return response
 
 
-def _zipped(folder: Any, title: str) -> Iterator[bytes]:
+def _zipped(folder: Path, title: str) -> Iterator[bytes]:
     """The files under `folder` as a zip, in pieces. Stored, not deflated: weights do not compress."""
     out = _Pipe()
     with zipfile.ZipFile(out, "w") as archive:
-        for path in sorted(folder.rglob("*")):
-            if path.is_symlink() or not path.is_file():
-                continue
+        for path in _members(folder):
             with path.open("rb") as source, archive.open(f"{title}/{path.relative_to(folder)}", "w") as target:
                 while block := source.read(2**20):
                     target.write(block)
