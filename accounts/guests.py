@@ -15,6 +15,7 @@ from allauth.core import ratelimit
 from allauth.core.exceptions import ImmediateHttpResponse
 from django.conf import settings
 from django.contrib.auth import login
+from django.contrib.sessions.backends.db import SessionStore
 from django.db import transaction
 from django.http import HttpRequest
 from django.utils import timezone
@@ -54,7 +55,11 @@ def claim(guest: User, user: User) -> None:
 
 
 def purge() -> int:
-    """Remove guests idle for longer than GUEST_IDLE_DAYS, their work with them; how many were removed."""
+    """Remove guests idle for longer than GUEST_IDLE_DAYS, their work with them; how many were removed.
+
+    Sessions that have ended go too: nobody else clears them up.
+    """
+    SessionStore.clear_expired()
     idle_since = timezone.now() - timedelta(days=settings.GUEST_IDLE_DAYS)
     removed = 0
     for guest in User.objects.filter(is_guest=True, last_active__lt=idle_since):

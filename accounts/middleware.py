@@ -1,4 +1,4 @@
-"""Remember when somebody was last here, so that only guests who stay away are purged."""
+"""Remember when somebody was last here: only guests who stay away are purged, and only their sessions end."""
 
 from __future__ import annotations
 
@@ -23,4 +23,5 @@ class LastActiveMiddleware:
         now = timezone.now()
         if user.is_authenticated and user.last_active < now - TOUCH_EVERY:
             User.objects.filter(pk=user.pk).update(last_active=now)
+            request.session.modified = True  # its time begins anew
         return self.get_response(request)

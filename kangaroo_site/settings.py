@@ -38,7 +38,7 @@ def _kept_secret(name: str) -> str:
 DEBUG = env.bool("DEBUG", False)
 SECRET_KEY = env.str("SECRET_KEY", "") or _kept_secret("secret-key")
 ALLOWED_HOSTS = env.list("ALLOWED_HOSTS", ["localhost", "127.0.0.1", "[::1]"])
-CSRF_TRUSTED_ORIGINS = env.list("CSRF_TRUSTED_ORIGINS", [])
+CSRF_TRUSTED_ORIGINS: list[str] = env.list("CSRF_TRUSTED_ORIGINS", [])
 
 #: True where the site is reached over https (through a proxy that sets X-Forwarded-Proto).
 HTTPS = env.bool("HTTPS", False)
@@ -182,6 +182,10 @@ ACCOUNT_RATE_LIMITS = {"guest": env.str("GUEST_RATE_LIMIT", "20/h/ip")}  # allau
 #: How many proxies stand in front; limits by address are counted for the address that the last of them saw.
 ALLAUTH_TRUSTED_PROXY_COUNT = env.int("TRUSTED_PROXY_COUNT", 0)
 ACCOUNT_AUTHENTICATED_LOGIN_REDIRECTS = False  # a guest is signed in, and must be able to sign up
+#: Guests idle for longer are removed with their work.
+GUEST_IDLE_DAYS = env.int("GUEST_IDLE_DAYS", 30)
+# A session is all that leads a guest to their work, so it lasts as long; each hour of use begins it anew.
+SESSION_COOKIE_AGE = max(14, GUEST_IDLE_DAYS + 1) * 24 * 3600
 LOGIN_REDIRECT_URL = "profile"
 LOGIN_URL = "account_login"
 EMAIL_CONFIG = env.dj_email_url("EMAIL_URL", "console:")
@@ -210,7 +214,8 @@ RUNS_DIR = VAR / "experiments"
 #: Tokenised corpora, shared by all runs.
 DATA_CACHE = VAR / "data"
 #: Folders whose files any user may name as a dataset or checkpoint on this machine. None by default.
-LOCAL_DATA_DIRS = [Path(p).resolve() for p in env.list("LOCAL_DATA_DIRS", [])]
+_allowed: list[str] = env.list("LOCAL_DATA_DIRS", [])
+LOCAL_DATA_DIRS = [Path(folder).resolve() for folder in _allowed]
 #: Text files that users sent: UPLOADS_DIR / user id / hash of the content / file name. Each user sees their own alone.
 UPLOADS_DIR = VAR / "uploads"
 MAX_UPLOAD_MB = env.int("MAX_UPLOAD_MB", 100)
@@ -220,8 +225,6 @@ LOCAL_SLOTS = env.int("LOCAL_SLOTS", min(2, CORES))
 #: Limits a user, guests included, may not pass. 0: none.
 MAX_ACTIVE_RUNS_PER_USER = env.int("MAX_ACTIVE_RUNS_PER_USER", 30)
 MAX_DISK_GB_PER_USER = env.int("MAX_DISK_GB_PER_USER", 50)
-#: Guests idle for longer are removed with their work.
-GUEST_IDLE_DAYS = env.int("GUEST_IDLE_DAYS", 30)
 
 # Log to standard error, which the supervisor passes through -----------------------------------------------------------
 LOGGING = {

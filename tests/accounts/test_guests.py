@@ -196,6 +196,13 @@ def test_being_here_is_noted_once_an_hour(as_guest: Client, guest: User) -> None
     assert guest.last_active == first
 
 
+def test_a_guests_session_lasts_as_long_as_their_work_and_begins_anew_with_use(as_guest: Client, guest: User) -> None:
+    User.objects.filter(pk=guest.pk).update(last_active=timezone.now() - timedelta(days=29))
+    cookie = as_guest.get("/").cookies["sessionid"]
+    assert int(cookie["max-age"]) > 30 * 24 * 3600
+    assert "sessionid" not in as_guest.get("/").cookies, "once an hour, not with every request"
+
+
 @pytest.mark.django_db(transaction=True)
 def test_an_account_is_deleted_with_all_its_work_once_the_password_is_given(
     signed_in: Client, ada: User, who: Who, on_disk: OnDisk
