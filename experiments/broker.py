@@ -11,16 +11,15 @@ import os
 import shutil
 import stat
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from django.conf import settings
 from redis import Redis
 from redis.backoff import ConstantBackoff
 from redis.exceptions import RedisError
 from redis.retry import Retry
-
-if TYPE_CHECKING:
-    from rq import Queue
+from rq import Queue
+from rq.executions import Execution
+from rq.job import Job
 
 
 class NoBroker(RuntimeError):
@@ -83,9 +82,23 @@ def connection() -> Redis:
 
 
 def queue(name: str = "default") -> Queue:
-    from rq import Queue
-
     return Queue(name, connection=connection(), default_timeout=-1)
+
+
+def delete(job: Job) -> None:
+    """Take a job out of the queue, in whatever state it is."""
+    forget_dead_executions(job)
+    job.delete()
+    assert job.connection is not None
+    job.connection.lrem(queue(job.origin).intermediate_queue.key, 0, job.id)
+
+
+def forget_dead_executions(job: Job) -> None:
+    """RQ 3.0 lists an execution for a minute longer than it keeps it, and cannot delete a job that lists such a one."""
+    for identity in job.execution_registry.get_execution_ids():
+        key = Execution(identity, job.id, job.connection).key
+        if not job.connection.exists(key):
+            job.connection.zrem(job.execution_registry.key, identity)
 
 
 def answers() -> bool:

@@ -301,8 +301,7 @@ def _has_job(queue: Queue, run: ModelRun, anew: bool) -> bool:
         case _:
             good = False
     if not good:
-        job.delete()
-        queue.connection.lrem(queue.intermediate_queue.key, 0, job.id)
+        broker.delete(job)
     return good
 
 
@@ -317,7 +316,7 @@ def _forget(run: ModelRun) -> None:
         queue = broker.queue(run.experiment.host.queue)
         job = Job.fetch(run.job_id, connection=queue.connection)
         if job.get_status() != JobStatus.STARTED:
-            job.delete()
+            broker.delete(job)
     except NoSuchJobError:
         pass
     except (RedisError, OSError) as error:

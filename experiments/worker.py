@@ -33,7 +33,7 @@ from rq import Worker as RqWorker
 from rq.executions import Execution
 from rq.job import Job
 
-from experiments import jobs
+from experiments import broker, jobs
 
 _detached = False
 
@@ -46,17 +46,17 @@ def follow(run_id: int, attempt: int) -> Retry | None:
     except Exception:
         time.sleep(2)  # RQ tries again at once: what fails every time must not do so a thousand times a second
         raise
-    _await_broker()
+    _take_leave()
     return None if ended else Retry(max=10**6)
 
 
-def _await_broker() -> None:
-    """A job that ends while the broker is away would count as lost, and be done once more."""
+def _take_leave() -> None:
+    """A job that ended while the broker is away would count as lost, and be done once more."""
     job = get_current_job()
     assert job is not None
     for _ in range(600):
         try:
-            job.connection.ping()
+            broker.forget_dead_executions(job)
             return
         except (BrokerGone, BrokerSlow):
             if _detached:

@@ -169,10 +169,11 @@ def queue(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         server = start_broker()
     broker.connection().flushdb()
     yield broker.queue()
-    broker.connection().flushdb()
     if server:
-        server.kill()
+        server.kill()  # a test may have done so before
         server.wait()
+    else:
+        broker.connection().flushdb()
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ def trains(run: ModelRun) -> bool:
     return run.state == State.RUNNING and run.step > 0
 
 
-# From beginning to end --------------------------------------------------------------------------------------------------
+# From beginning to end ------------------------------------------------------------------------------------------------
 
 
 def test_an_experiment_runs_to_its_end(live: Live) -> None:
@@ -80,7 +80,7 @@ def test_the_trainer_gets_its_share_of_the_cores_and_no_secrets(live: Live, monk
     assert run.prepared["threads"] == 2
 
 
-# The ways a run can fail ------------------------------------------------------------------------------------------------
+# The ways a run can fail ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_the_children_of_a_failed_run_are_cancelled_and_resumed_with_it(
     assert experiment.runs.get(name="large").attempt == 1, "what had succeeded was left alone"
 
 
-# Stop, resume, delete ---------------------------------------------------------------------------------------------------
+# Stop, resume, delete -------------------------------------------------------------------------------------------------
 
 
 def test_a_queued_run_is_stopped_at_once(queue: Any) -> None:
@@ -318,7 +318,7 @@ def test_files_of_a_run_are_read_and_nothing_else(queue: Any, trainers: None) ->
             transport.open_file(run, name)
 
 
-# Places and limits ------------------------------------------------------------------------------------------------------
+# Places and limits ----------------------------------------------------------------------------------------------------
 
 
 def test_no_more_runs_train_at_once_than_the_host_has_places(live: Live) -> None:
@@ -397,7 +397,7 @@ def test_a_user_cannot_take_more_disk_than_allowed(queue: Any, monkeypatch: pyte
     jobs.create(owner, a_spec())
 
 
-# States -----------------------------------------------------------------------------------------------------------------
+# States ---------------------------------------------------------------------------------------------------------------
 
 
 def test_a_change_of_state_is_made_once(queue: Any) -> None:
