@@ -96,6 +96,7 @@ class Estimate:
     warnings: list[str] = field(default_factory=list)
     hints: list[str] = field(default_factory=list)
     speed: Speed | None = None
+    unknown: str = ""  # why figures are missing, and what would help
     seconds: float | None = None  # until the last model has finished
     memory: int | None = None
 
@@ -106,8 +107,9 @@ def estimate(form: ExperimentForm) -> Estimate:
     spec = form.readable
     if spec is None:
         return Estimate()
-    known = known_text(spec.data)
-    if known and spec.data.tokenizer.kind == "pretrained" and spec.data.tokenizer.d_vocab is None:
+    d_vocab_is_open = spec.data.tokenizer.d_vocab is None
+    known = known_text(spec.data) if d_vocab_is_open or spec.train.num_epochs is not None else {}
+    if known and d_vocab_is_open:
         tokenizer = spec.data.tokenizer.model_copy(update={"d_vocab": known["d_vocab"]})
         spec = spec.model_copy(update={"data": spec.data.model_copy(update={"tokenizer": tokenizer})})
     speed, memory = measured_speed(), memory_bytes()
@@ -119,6 +121,7 @@ def estimate(form: ExperimentForm) -> Estimate:
         rules=_rules(spec, form),
         warnings=_memory_warnings(shown, memory) + _plan_warnings(shown),
         hints=_ratios(shown),
+        unknown=_unknown(spec, shown),
         speed=speed,
         seconds=_until_finished(spec, budgets),
         memory=memory,
@@ -212,6 +215,14 @@ def _memory_warnings(budgets: list[ModelBudget], memory: int | None) -> list[str
 
 def _plan_warnings(budgets: list[ModelBudget]) -> list[str]:
     return [f"{b.name}: {warning}" for b in budgets if b.growth for warning in b.growth.warnings]
+
+
+def _unknown(spec: ExperimentSpec, budgets: list[ModelBudget]) -> str:
+    if all(budget.parameters for budget in budgets):
+        return ""
+    if spec.data.tokenizer.d_vocab is None:
+        return "Sizes are known once the tokenizer was fetched; with its d_vocab they are counted now."
+    return "What is missing is known once the checkpoint was read; with small's dimensions it is said now."
 
 
 def _ratios(budgets: list[ModelBudget]) -> list[str]:

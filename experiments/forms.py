@@ -185,7 +185,7 @@ class ExperimentForm(forms.Form):
         [("random", "trained here, from random weights"), ("checkpoint", "a pre-trained checkpoint")], label="small is"
     )
     small_checkpoint = _text(
-        label="Checkpoint", help_text="A name on the Hub, such as EleutherAI/pythia-70m, or a folder on this machine."
+        label="Checkpoint", help_text="A name on the Hub, such as openai-community/gpt2, or a folder on this machine."
     )
     width = _radio([(rule.key, rule.title) for rule in OPERATORS["width"]], CardSelect, label="Width rule")
     depth = _radio([(rule.key, rule.title) for rule in OPERATORS["depth"]], CardSelect, label="Depth rule")
@@ -209,7 +209,7 @@ class ExperimentForm(forms.Form):
             ("local", "A file or folder on this machine"),
             ("upload", "A file of yours"),
         ],
-        label="Text",
+        label="Source",
     )
     hub_name = _text(label="Dataset", max_length=96)
     hub_config = _text(label="Config", max_length=96, help_text="Empty if it has none.")

@@ -48,7 +48,7 @@ def _spec(
 FIRST_LOOK = Preset(
     key="first-look",
     title="First look",
-    line="Two tiny models on Python source: the whole comparison, small enough to watch.",
+    line="Two tiny models on Python source, small enough to watch.",
     cost="minutes on two cores",
     spec=_spec(
         "First look",
@@ -64,7 +64,7 @@ FIRST_LOOK = Preset(
 PRESERVING = Preset(
     key="preserving",
     title="Function-preserving pair",
-    line="Twice as wide and twice as deep, and at its first step scaled computes exactly what small did.",
+    line="Twice as wide and deep; scaled begins by computing what small does.",
     cost="an hour or two on two cores",
     spec=_spec(
         "Function-preserving pair",
@@ -80,11 +80,8 @@ PRESERVING = Preset(
 ORIGINAL = Preset(
     key="original",
     title="The original Kangaroo's",
-    line=(
-        "The base result on Home: the old weights in a corner, everything new at random. Shapes, text, batch and steps "
-        "are the original's; n_ctx, vocabulary, learning rate and warm-up are ours."
-    ),
-    cost="days on two cores, an hour or so on a GPU",
+    line="Its shapes, text, batch and steps. n_ctx, vocabulary and learning rate are our choice.",
+    cost="days on two cores, hours on a GPU",
     spec=_spec(
         "The original Kangaroo's",
         _shape(256, 4, 64, 512, 2),
@@ -111,7 +108,7 @@ ORIGINAL = Preset(
 GPU = Preset(
     key="gpu",
     title="GPU-sized",
-    line="A model of GPT-2's size made twice as wide and twice as deep, on WikiText-103.",
+    line="GPT-2's size made twice as wide and deep, on WikiText-103.",
     cost="hours on one large GPU",
     spec=_spec(
         "GPU-sized",

@@ -379,14 +379,14 @@ def test_a_checkpoint_whose_config_cannot_be_used_is_refused(checkpoint: Path, c
 
 
 def test_a_checkpoint_on_the_hub_may_leave_its_dimensions_open() -> None:
-    form = ExperimentForm(first_look(**from_checkpoint("EleutherAI/pythia-70m", **EMPTY)), user=NOBODY)
+    form = ExperimentForm(first_look(**from_checkpoint("owner/model", **EMPTY)), user=NOBODY)
     assert form.is_valid(), form.errors
     assert form.spec
     assert form.spec.models["small"].shape is None
 
 
 def test_of_a_checkpoints_dimensions_all_or_none_are_given() -> None:
-    errors = errors_of(**from_checkpoint("EleutherAI/pythia-70m", small_d_mlp=""))
+    errors = errors_of(**from_checkpoint("owner/model", small_d_mlp=""))
     assert list(errors) == ["small_d_mlp"]
 
 

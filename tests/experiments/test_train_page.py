@@ -25,7 +25,7 @@ from experiments.models import Experiment, ModelRun, State
 from experiments.presets import FIRST_LOOK, ORIGINAL, PRESETS
 from experiments.templatetags.figures import count, flops
 from tests.experiments.factories import make_experiment, make_user
-from tests.experiments.test_forms import first_look, posted
+from tests.experiments.test_forms import EMPTY, first_look, from_checkpoint, posted
 from trainer.budget import sheet
 
 pytestmark = pytest.mark.django_db
@@ -371,6 +371,17 @@ def test_without_a_readable_length_the_size_is_still_shown(client: Client) -> No
     text = ask(client, first_look(max_steps=""))
     assert f'title="{count(sheet(FIRST_LOOK.spec)["small"].parameters)}"' in text
     assert "All have finished" not in text
+
+
+def test_what_a_checkpoint_leaves_open_is_said(client: Client) -> None:
+    form = first_look(**from_checkpoint("owner/model", **EMPTY))
+    text = ask(client, form)
+    assert "problem" not in text
+    assert "with its d_vocab they are counted now" in text
+    text = ask(client, form | {"tokenizer_d_vocab": "50304"})
+    assert "known once the checkpoint was read" in text
+    text = ask(client, first_look(**from_checkpoint("owner/model", tokenizer_d_vocab="50304")))
+    assert "known once" not in text
 
 
 def test_time_is_a_guess_until_something_was_measured(client: Client, owner: User) -> None:
