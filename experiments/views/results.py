@@ -21,7 +21,7 @@ from django import forms
 from django.contrib import messages
 from django.core.paginator import Paginator
 from django.db.models import Exists, Min, OuterRef, Q, QuerySet
-from django.http import Http404, HttpRequest, HttpResponse, JsonResponse, StreamingHttpResponse
+from django.http import Http404, HttpRequest, HttpResponse, StreamingHttpResponse
 from django.http.response import HttpResponseBase
 from django.shortcuts import get_object_or_404, redirect, render
 from django.template.loader import render_to_string
@@ -30,10 +30,10 @@ from django.utils.http import quote_etag
 from django.views.decorators.http import require_POST, require_safe
 
 from experiments import jobs
-from experiments.curves import curves, increment, parse_place, place, sparks
+from experiments.curves import Memory, curves, increment, parse_place, place, sparks
 from experiments.models import ACTIVE, RESUMABLE, Experiment, ModelRun, Point
 from experiments.report import Report
-from experiments.standing import Standing, standings, total_steps
+from experiments.standing import Standing, standings
 from experiments.transport import for_host
 
 PAGE_SIZE = 20
@@ -256,11 +256,24 @@ def metrics(request: HttpRequest, pk: UUID) -> HttpResponse:
     experiment = _visible(request, pk)
     (standing,) = standings([experiment])
     known = request.GET.get("after", "")
-    etag = quote_etag(hashlib.sha256(f"{standing.version} {known}".encode()).hexdigest()[:20])
+    etag = quote_etag(hashlib.sha256(f"{experiment.pk} {standing.version} {known}".encode()).hexdigest()[:20])
     if (unchanged := get_conditional_response(request, etag=etag)) is not None:
         return unchanged
+    body = _BODIES.get(etag) or _metrics_body(standing, known)
+    _BODIES.put(etag, body)
+    response = HttpResponse(body, content_type="application/json")
+    response["ETag"] = etag
+    response["Cache-Control"] = "private, no-cache"
+    return response
+
+
+#: By their tags, so that many readers of one curve, or one who comes back, cost its making once.
+_BODIES: Memory[bytes] = Memory(32)
+
+
+def _metrics_body(standing: Standing, known: str) -> bytes:
     runs = [each.run for each in standing.runs]
-    series = curves(runs, {run.name: total_steps(experiment, run) for run in runs})
+    series = curves(runs, {each.name: each.total for each in standing.runs})
     reader = parse_place(known)
     models = []
     for each in standing.runs:
@@ -272,13 +285,8 @@ def metrics(request: HttpRequest, pk: UUID) -> HttpResponse:
         cost = {"step": run.step, "tokens": run.tokens, "flops": run.flops, "seconds": round(run.train_seconds, 2)}
         about = {"name": run.name, "parent": each.parent or None, "colour": each.colour, "state": run.state}
         models.append({**about, "cost": cost, "series": parts})
-    response = JsonResponse(
-        {"place": place(series), "active": standing.is_active, "models": models},
-        json_dumps_params={"separators": (",", ":")},
-    )
-    response["ETag"] = etag
-    response["Cache-Control"] = "private, no-cache"
-    return response
+    answer = {"place": place(series), "active": standing.is_active, "models": models}
+    return json.dumps(answer, separators=(",", ":"), allow_nan=False).encode()
 
 
 def _columns(points: Any) -> dict[str, list[Any]]:

@@ -15,8 +15,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from accounts.models import User
-from experiments import curves as curves_module
-from experiments.curves import BUCKETS, Series, Sight, compress, curves, increment, parse_place, place, width_for
+from experiments.curves import (
+    BUCKETS,
+    Memory,
+    Series,
+    Sight,
+    compress,
+    curves,
+    increment,
+    parse_place,
+    place,
+    width_for,
+)
 from experiments.models import Experiment, ModelRun, Point
 from tests.experiments.factories import make_experiment, make_user
 
@@ -186,10 +196,12 @@ def test_rows_that_were_rebuilt_from_the_start_are_read_again(client: Client, ad
 
 
 def test_memory_of_passed_buckets_is_bounded() -> None:
-    memory = curves_module._Memory(limit=3)
+    memory: Memory[int] = Memory(3)
     for i in range(10):
-        memory.put((i,), curves_module._Closed(edge=i))
-    assert list(memory.kept) == [(7,), (8,), (9,)]
+        memory.put(i, i)
+        memory.get(0)
+    assert sorted(memory.kept) == [0, 8, 9]  # 0 was asked for again and again
+    assert memory.get(1) is None
 
 
 @pytest.mark.django_db
