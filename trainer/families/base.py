@@ -115,6 +115,7 @@ class Family(ABC):
     mean_centred: ClassVar[bool]  # LayerNorm, which also takes the mean away; not RMSNorm
     square: ClassVar[bool]  # insists on d_model = n_heads x d_head
     gated_mlp: ClassVar[bool]
+    fused: ClassVar[bool]  # queries, keys and values are one matrix
     #: Tensors that old checkpoints carry and no model needs (masks, rotary tables): a regular expression.
     not_weights: ClassVar[str]
 

@@ -24,6 +24,7 @@ class Gpt2(Family):
     mean_centred = True
     square = True
     gated_mlp = False
+    fused = True
     not_weights = r"\.attn\.(bias|masked_bias)$"
 
     def problems(self, shape: Shape) -> list[tuple[str, str]]:

@@ -25,6 +25,7 @@ class Llama(Family):
     mean_centred = False
     square = False
     gated_mlp = True
+    fused = False
     not_weights = r"rotary_emb\.inv_freq$"
 
     def problems(self, shape: Shape) -> list[tuple[str, str]]:
