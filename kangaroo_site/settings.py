@@ -6,9 +6,11 @@ directories, data cache, secret key. `.env.example` lists what can be set.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import secrets
+import sys
 import tempfile
 from pathlib import Path
 
@@ -20,7 +22,15 @@ env = Env()
 env.read_env(str(BASE_DIR / ".env"), recurse=False)
 
 VAR = Path(env.str("KANGAROO_VAR", str(BASE_DIR / "var"))).resolve()
-VAR.mkdir(parents=True, exist_ok=True)
+try:
+    VAR.mkdir(parents=True, exist_ok=True)
+    if not os.access(VAR, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, "Permission denied")
+except OSError as error:  # everything else would fail one by one, further from the cause
+    sys.exit(
+        f"{VAR} cannot be written: {error.strerror}. Give this user write permission there, or set KANGAROO_VAR to a "
+        "folder that it may write."
+    )
 
 
 def _kept_secret(name: str) -> str:
