@@ -124,7 +124,11 @@ class Report:
             Group("On the validation split, newest", self._quality("validation")),
             Group("What it took", self._costs()),
         ]
-        return [group for group in groups if any(cell != figures.MISSING for row in group.rows for cell in row.cells)]
+        known = [
+            Group(title, [row for row in rows if any(cell != figures.MISSING for cell in row.cells)])
+            for title, rows in groups
+        ]
+        return [group for group in known if group.rows]
 
     def _quality(self, split: str) -> list[Row]:
         def row(what: str, unit: str, field: str, write: Callable[[Any], str]) -> Row:

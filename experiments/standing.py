@@ -21,7 +21,7 @@ from experiments import compare
 from experiments.curves import Key, Series
 from experiments.models import Experiment, ModelRun, Reason, State
 from experiments.templatetags import figures
-from trainer.spec import ExperimentSpec, GrowInit, TrainSpec
+from trainer.spec import ExperimentSpec, GrowInit, ModelSpec, TrainSpec
 
 #: Which of its runs speaks for an experiment: what needs attention first.
 _SPEAKS = (State.RUNNING, State.QUEUED, State.FAILED, State.CANCELLED, State.SUCCEEDED)
@@ -281,7 +281,7 @@ def compared(
                 state=run.state,  # type: ignore[arg-type]
                 init=model.init.kind,
                 parent=model.init.parent if isinstance(model.init, GrowInit) else None,
-                shape=(model.family, model.shape, model.tie_embeddings) if model.shape else (run.name,),
+                shape=_form(model) or run.name,
                 evaluations=[
                     compare.Evaluation(compare.Cost(at.step, at.tokens, at.flops, at.seconds), at.loss)
                     for at in (curve.points if curve else ())
@@ -296,6 +296,14 @@ def compared(
             )
         )
     return found
+
+
+def _form(model: ModelSpec) -> tuple[object, ...] | None:
+    """Equal for models of the same family and shape, however that was written."""
+    if model.shape is None:
+        return None
+    written = model.shape.model_dump() | {"n_kv_heads": model.shape.kv_heads}
+    return (model.family, model.tie_embeddings, *sorted(written.items()))
 
 
 @dataclass(frozen=True)

@@ -134,6 +134,12 @@ def test_newest_samples_stand_side_by_side_and_warnings_are_said(client: Client,
     assert "The validation split is small." in html
 
 
+def test_a_shape_is_the_same_however_it_was_written(client: Client, ada: User) -> None:
+    spec = make_spec()
+    spec["models"]["large"]["shape"] = {**spec["models"]["large"]["shape"], "n_kv_heads": 4}
+    assert "scaled reached large" in page(client, make_experiment(ada, spec=spec))
+
+
 def test_a_failure_says_what_happened_and_what_to_do(client: Client, ada: User) -> None:
     html = page(client, make_experiment(ada, states={"scaled": "failed"}, until=0.5))
     assert "tried to allocate 2.00 GiB" in html
