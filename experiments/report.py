@@ -174,7 +174,7 @@ class Report:
                 each.name,
                 each.colour,
                 each.run.grown,
-                promise(each.run.grown, (each.run.prepared or {}).get("precision")),
+                promise(each.run.grown, (each.run.prepared or {}).get("device")),
             )
             for each in self.models
             if each.run.grown
