@@ -134,7 +134,9 @@ class Standing:
 
     @property
     def is_resumable(self) -> bool:
-        return any(each.run.is_resumable for each in self.runs)
+        """Something can be resumed, and nothing is on its way to a stop: that would not be taken along."""
+        stopping = any(each.run.is_active and each.run.stop_requested for each in self.runs)
+        return not stopping and any(each.run.is_resumable for each in self.runs)
 
     @property
     def is_stopping(self) -> bool:
