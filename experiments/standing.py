@@ -70,7 +70,7 @@ class RunStanding:
         run = self.run
         if run.state != State.RUNNING or not run.step or not run.train_seconds or not self.total:
             return None
-        return max(0.0, (self.total - run.step) * run.train_seconds / run.step)
+        return (self.total - run.step) * run.train_seconds / run.step if run.step < self.total else None
 
     @property
     def words(self) -> str:
@@ -80,6 +80,8 @@ class RunStanding:
             return f"waiting for a free place on the host: number {self.place} in line"
         if run.state == State.QUEUED and run.reason == Reason.WAITING_FOR_PARENT and self.parent:
             return f"waiting for {self.parent}"
+        if run.reason == Reason.TRAINING and self.total and run.step >= self.total:
+            return "evaluating on the test split"
         if run.reason == Reason.PREPARING and run.preparing:
             return _preparing(run.preparing)
         return Reason(run.reason).label
@@ -169,11 +171,13 @@ class Standing:
                 ends[run.pk] = 0.0
             elif each.seconds_left is not None:
                 ends[run.pk] = each.seconds_left
+            elif run.step and run.step == each.total:
+                ends[run.pk] = 0.0
             elif each.total and (weight := self._flops_a_step(each)):
                 ends[run.pk] = ends.get(run.parent_id, 0.0) + (each.total - run.step) * weight / pace
             else:
                 return None
-        return max(ends.values())
+        return max(ends.values()) or None
 
     @property
     def runtime(self) -> float | None:

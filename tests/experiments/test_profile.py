@@ -82,6 +82,13 @@ def test_a_running_card_has_progress_and_time_left(client: Client, ada: User) ->
     assert 'value="0.2500"' in html
 
 
+def test_a_run_whose_steps_are_done_is_not_said_to_train(client: Client, ada: User) -> None:
+    make_experiment(ada, states={"large": "running"}, until=1.0, points=4)
+    html = client.get(URL).content.decode()
+    assert "large: evaluating on the test split" in html
+    assert " left" not in html
+
+
 def test_waiting_runs_say_for_what_and_their_place_in_line(client: Client, ada: User) -> None:
     make_experiment(make_user("eve@example.org"), state="queued", points=0)
     make_experiment(ada, state="queued", points=0)
