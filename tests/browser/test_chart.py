@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import BrowserContext, Page, expect
+from playwright.sync_api import Browser, BrowserContext, Page, expect
 
 from tests.browser.conftest import Site
 
@@ -130,7 +130,7 @@ def test_an_address_shows_the_same_view_again(page: Page, context: BrowserContex
 
 
 def test_a_lost_connection_is_said_and_found_again(
-    page: Page, context: BrowserContext, site: Site, running: str
+    page: Page, context: BrowserContext, site: Site, running: str, complaints: list[str]
 ) -> None:
     page.goto(f"/experiments/{running}/")
     expect(page.locator("#chart canvas")).to_be_visible()
@@ -145,7 +145,7 @@ def test_a_lost_connection_is_said_and_found_again(
 
 
 def test_without_javascript_the_figures_are_there(
-    browser: Any, site: Site, context: BrowserContext, running: str
+    browser: Browser, site: Site, context: BrowserContext, running: str
 ) -> None:
     plain = browser.new_context(base_url=site.url, java_script_enabled=False)
     (session,) = (cookie["value"] for cookie in context.cookies() if cookie["name"] == "sessionid")
