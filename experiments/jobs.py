@@ -522,7 +522,6 @@ def _active(state: State) -> Any:
 
 def _sweep() -> None:
     """Finish removals that were cut short. Only those: another database's run directories are not ours to judge."""
-    for host in Host.objects.filter(kind=Host.Kind.LOCAL):
-        transport = for_host(host)
-        for identity in transport.half_removed():
-            transport.remove(identity)
+    transport = for_host(Host.local())
+    for identity in transport.half_removed():
+        transport.remove(identity)

@@ -228,14 +228,7 @@ def _children_file() -> Path:
 
 def take_lock() -> IO[str]:
     """One supervisor a folder; held until the returned file is closed. Raises :class:`CannotStart`."""
-    path = settings.VAR / "up.lock"
-    try:
-        lock = open(path, "a+")  # noqa: SIM115
-    except OSError as error:
-        raise CannotStart(
-            f"{settings.VAR} cannot be written ({error.strerror}). Give this user write permission there, or set "
-            "KANGAROO_VAR to a folder that it may write."
-        ) from None
+    lock = open(settings.VAR / "up.lock", "a+")  # noqa: SIM115
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -41,15 +41,17 @@ GRACE = 60.0
 #: Bytes of events read at a time.
 CHUNK = 256 * 1024
 _LOG_LINES = 20
+#: A lock that was not touched for so many seconds has lost the supervisor that touches it.
+_SIGN_OF_LIFE = 120.0
 
 
 # Who is who: a pid means something only with its start time and the boot it belongs to --------------------------------
 
 
 def boot_id() -> str:
-    """Changes whenever the machine starts."""
+    """Changes whenever the machine starts, or the container, whose processes all end with it."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
     except OSError:
         return _output("sysctl", "-n", "kern.boottime")
 
@@ -310,6 +312,17 @@ def _write(path: Path, value: Mapping[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def belongs_elsewhere(directory: str | Path) -> bool:
+    """Whether another machine, by a shared disk, trains in `directory`: only that one can tell and stop its process."""
+    directory = Path(directory)
+    process = _read(directory / "process.json")
+    if process is None or process["hostname"] == os.uname().nodename or (directory / "exit.json").exists():
+        return False
+    with contextlib.suppress(OSError):
+        return time.time() - (directory / "run.lock").stat().st_mtime < _SIGN_OF_LIFE
+    return False
 
 
 # Stop -----------------------------------------------------------------------------------------------------------------

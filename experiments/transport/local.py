@@ -72,6 +72,8 @@ class Local:
         mark = directory / _REMOVED
         mark.touch()
         runs = [path for path in directory.iterdir() if path.is_dir()]
+        if any(agent.belongs_elsewhere(run) for run in runs):
+            return  # its follower there does it, or whoever sweeps there
         for run in runs:
             agent.stop(run, 0)
         deadline = time.monotonic() + 10

@@ -6,6 +6,7 @@ from django.conf import settings
 from django.core.management import call_command
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.db import connections
+from django.db.migrations.executor import MigrationExecutor
 
 from experiments import broker, first_experiment, supervisor
 from experiments.models import Host
@@ -43,7 +44,9 @@ class Command(BaseCommand):
         self.stdout.write("Ended. Training that was under way goes on; the next start shows it.")
 
     def prepare(self) -> None:
-        call_command("migrate", verbosity=0)
+        executor = MigrationExecutor(connections["default"])
+        if executor.migration_plan(executor.loader.graph.leaf_nodes()):
+            call_command("migrate", verbosity=0)
         if supervisor.static_files_changed():
             call_command("collectstatic", interactive=False, clear=True, verbosity=0)
             supervisor.static_files_changed(remember=True)
