@@ -187,6 +187,8 @@ def _write_weights(path: Path, weights: Mapping[str, Tensor], plan: GrowthPlan, 
                 values = grown(weights[old.name], new, plan, rng)
             for rows in values:
                 yield narrow(rows, dtype)
+            if old is not None:
+                weights[old.name].release()
 
     return write_safetensors(path, layout, blocks(), {"format": "pt"})
 

@@ -40,6 +40,8 @@ def certificate(parent: Mapping[str, Tensor], child: Mapping[str, Tensor], plan:
             residuals[new.name] = _matrix(source, grown, new, plan) / size
         else:
             residuals[new.name] = _vector(source, grown, new, plan) / size
+        source.release()
+        grown.release()
     return residuals
 
 
@@ -83,8 +85,7 @@ def _out_first(source: Tensor, grown: Tensor, out: Side, into: Side) -> list[flo
         rows = slice(start, start + step)
         block = grown[rows]
         worst.append(_worst(block[:, into.drawn], ~out.drawn[rows]))
-        read = block[:, copies.order] * into.write[copies.order]
-        read = np.add.reduceat(read, copies.starts, axis=1)  # W' E_in: (block of outputs, small inputs)
+        read = copies.summed(block * into.write)  # W' E_in: (block of outputs, small inputs)
         expected = source[out.source[rows]] * np.where(out.new, 0.0, out.write)[rows, None]
         worst.append(_worst(read - expected, ~out.drawn[rows]))
     return worst

@@ -58,6 +58,7 @@ class Copies:
     """
 
     def __init__(self, side: Side):
+        self.large = len(side.source)
         old = np.flatnonzero(~side.new)
         self.order = old[np.argsort(side.source[old], kind="stable")]
         self.counts = np.bincount(side.source[old], minlength=side.small)
@@ -66,6 +67,27 @@ class Copies:
     @cached_property
     def several(self) -> bool:
         return bool((self.counts > 1).any())
+
+    def summed(self, columns: Floats) -> Floats:
+        """Sums over the copies of each small index: (rows, large) to (rows, small)."""
+        together = self.side_by_side(columns)
+        n = int(self.counts[0])
+        if (self.counts == n).all():
+            return together.reshape(len(columns), -1, n).sum(axis=2) if n > 1 else together
+        return np.add.reduceat(together, self.starts, axis=1)
+
+    def side_by_side(self, columns: Floats) -> Floats:
+        """The columns with a source, those of one source together."""
+        return columns if self._in_order else columns.take(self.order, axis=1)
+
+    @cached_property
+    def _in_order(self) -> bool:
+        return len(self.order) == self.large and bool((self.order == np.arange(self.large)).all())
+
+    @cached_property
+    def back(self) -> NDArray[np.intp] | None:
+        """Where each large index stands in `order`; None where some have no source."""
+        return np.argsort(self.order) if len(self.order) == self.large else None
 
 
 def side_of(plan: GrowthPlan, segments: tuple[Axes, ...]) -> Side:
@@ -134,9 +156,10 @@ def _matrix(old: Tensor, new: Parameter, plan: GrowthPlan, rng: np.random.Genera
     for part in [slice(0, new.shape[0])] if together else row_blocks(new.shape):
         values = old[rows.source[part]]
         if not columns.unchanged:
-            values = values[:, columns.source]
-        values *= row_scale[part, None]
-        values *= column_scale
+            values = values.take(columns.source, axis=1)
+        for scale in (row_scale[part, None], column_scale):
+            if not (scale == 1).all():
+                values *= scale
         if noise:
             by_output = values.T if new.in_first else values
             _add_noise(by_output, into.copies, noise, for_noise)
@@ -154,10 +177,19 @@ def _add_noise(matrix: Floats, copies: Copies, noise: float, rng: np.random.Gene
 
     Its mean over the copies of an input is zero, its root mean square `noise` times that of the row.
     """
-    drawn = rng.standard_normal((len(matrix), len(copies.order)))
-    drawn -= np.repeat(np.add.reduceat(drawn, copies.starts, axis=1) / copies.counts, copies.counts, axis=1)
+    sources = len(copies.counts)
+    drawn = rng.standard_normal((len(matrix), len(copies.order)))  # the copies of each input side by side
+    n = int(copies.counts[0])
+    if (copies.counts == n).all():
+        grouped = drawn.reshape(len(matrix), sources, n)
+        grouped -= grouped.mean(axis=2, keepdims=True)
+    else:
+        drawn -= np.repeat(np.add.reduceat(drawn, copies.starts, axis=1) / copies.counts, copies.counts, axis=1)
     # Taking the mean away took 1 / n of the power, and all of it where there is one copy.
     kept = np.where(copies.counts > 1, 1 - 1 / copies.counts, 1.0)
     drawn *= np.repeat(noise / np.sqrt(kept), copies.counts)
-    size = np.sqrt(np.mean(matrix[:, copies.order] ** 2, axis=1, keepdims=True))
-    matrix[:, copies.order] += drawn * size
+    drawn *= np.sqrt(np.mean(copies.side_by_side(matrix) ** 2, axis=1, keepdims=True))
+    if copies.back is None:
+        matrix[:, copies.order] += drawn
+    else:
+        matrix += drawn.take(copies.back, axis=1)

@@ -58,8 +58,8 @@ def narrow(values: NDArray[np.float64], dtype: str) -> Array:
 class Tensor:
     """One stored tensor, memory-mapped."""
 
-    def __init__(self, raw: Array, dtype: str):
-        self.raw, self.dtype = raw, dtype
+    def __init__(self, raw: Array, dtype: str, mapped: mmap.mmap):
+        self.raw, self.dtype, self._mapped = raw, dtype, mapped
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -67,7 +67,13 @@ class Tensor:
 
     def __getitem__(self, rows: slice | Array) -> NDArray[np.float64]:
         """Some rows (entries of a vector), as float64."""
-        return widen(self.raw[rows], self.dtype)
+        taken = self.raw[rows] if isinstance(rows, slice) else self.raw.take(rows, axis=0)
+        return widen(taken, self.dtype)
+
+    def release(self) -> None:
+        """Done with for now: pages of the file no longer count as this process's memory."""
+        if hasattr(self._mapped, "madvise"):
+            self._mapped.madvise(mmap.MADV_DONTNEED)
 
 
 class Weights:
@@ -103,7 +109,7 @@ class Weights:
             if end - start != prod(shape) * itemsize(dtype) or not 0 <= start <= end <= size - 8 - length:
                 raise SourceError(f"{path}: {name} reaches past the file; is the download complete?")
             raw = np.frombuffer(mapped, _STORED[dtype], prod(shape), 8 + length + start).reshape(shape)
-            yield name, Tensor(raw, dtype)
+            yield name, Tensor(raw, dtype, mapped)
 
 
 def _files(folder: Path) -> list[Path]:
