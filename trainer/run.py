@@ -78,22 +78,22 @@ def run(
     with a checkpoint, once `stop()` is true or the file `stop` is there. What goes wrong ends it with a `failed`
     event; :class:`RunError` is raised, before any event, where the folder is not this run's.
     """
-    log = _open(spec, directory, resume)
-    if log.finished:
-        return
 
     def stopping() -> bool:
         return stop() or (directory / "stop").exists()
 
     step: int | None = None
-    try:
-        for fields in _story(spec, name, directory, cache or default_cache(), threads, attempt, stopping):
-            step = fields.get("step", step)
-            yield log.write(fields)
-    except GeneratorExit:
-        raise
-    except BaseException as error:
-        yield log.write(ending(error, step))
+    with _open(spec, directory, resume) as log:
+        if log.finished:
+            return
+        try:
+            for fields in _story(spec, name, directory, cache or default_cache(), threads, attempt, stopping):
+                step = fields.get("step", step)
+                yield log.write(fields)
+        except GeneratorExit:
+            raise
+        except BaseException as error:
+            yield log.write(ending(error, step))
 
 
 def _story(
@@ -500,15 +500,21 @@ class EventLog:
             with path.open("rb") as file:
                 for line in file:
                     try:
-                        self.last = json.loads(line)
+                        event = json.loads(line)
                     except ValueError:
                         break
                     if not line.endswith(b"\n"):
                         break
-                    self.events = self.last["seq"] + 1
+                    self.last, self.events = event, event["seq"] + 1
                     whole += len(line)
             os.truncate(path, whole)
         self._file = path.open("ab")
+
+    def __enter__(self) -> EventLog:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
 
     @property
     def finished(self) -> bool:
@@ -538,5 +544,6 @@ def _open(spec: ExperimentSpec, directory: Path, resume: bool) -> EventLog:
         held.write_text(spec.to_json())
     log = EventLog(directory / "events.jsonl")
     if not resume and log.events and not log.finished:
+        log.__exit__()
         raise RunError(f"{directory} holds a run that was begun before; go on with it by --resume.")
     return log
