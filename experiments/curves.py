@@ -226,11 +226,12 @@ SPARK_WIDTH, SPARK_HEIGHT, SPARK_POINTS = 160, 44, 48
 def sparks(experiment_runs: Iterable[Sequence[ModelRun]], totals: dict[int, int | None]) -> dict[int, str]:
     """The `points` of an SVG polyline for each run (by its key): validation loss over steps, one scale an experiment.
 
-    `totals` gives each run's steps. One query for any number of experiments.
+    `totals` gives each run's steps. One query at most, for any number of experiments.
     """
     groups = [list(runs) for runs in experiment_runs]
     every = [run for runs in groups for run in runs]
-    losses = _thinned([run for run in every if run.step], totals)
+    begun = [run for run in every if run.step]
+    losses = _thinned(begun, totals) if begun else {}
     found: dict[int, str] = {}
     for runs in groups:
         curves_here = {run.pk: losses.get(run.pk, []) for run in runs}

@@ -194,7 +194,7 @@ class Standing:
     @cached_property
     def version(self) -> str:
         """Changes whenever anything that a page shows of the experiment does."""
-        seen: list[Any] = [self.experiment.name, self.experiment.notes, self.experiment.is_public]
+        seen: list[Any] = [self.experiment.pk, self.experiment.name, self.experiment.notes, self.experiment.is_public]
         for each in self.runs:
             run = each.run
             seen.append((run.state, run.reason, run.detail, run.last_seq, run.attempt, run.stop_requested))

@@ -12,7 +12,7 @@ import io
 import json
 import re
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -27,6 +27,7 @@ from django.shortcuts import get_object_or_404, redirect, render
 from django.template.loader import render_to_string
 from django.utils.cache import get_conditional_response, patch_vary_headers
 from django.utils.http import quote_etag
+from django.utils.safestring import SafeString
 from django.views.decorators.http import require_POST, require_safe
 
 from experiments import jobs
@@ -107,26 +108,38 @@ def _filtered(mine: QuerySet[Experiment], chosen: dict[str, str]) -> QuerySet[Ex
     return mine.annotate(active_now=Exists(active)).order_by("-active_now", *order)
 
 
-def _cards(experiments: Any) -> list[Standing]:
+#: Cards of experiments that are over, drawn, by what they show: most of a profile stays as it is.
+_CARDS: Memory[SafeString] = Memory(1000)
+
+
+def _cards(experiments: Iterable[Experiment]) -> list[SafeString]:
+    """The drawn card of each experiment."""
     found = standings(experiments)
+    known = {standing.version: _CARDS.get((standing.experiment.pk, standing.version)) for standing in found}
+    _add_sparks([standing for standing in found if known[standing.version] is None])
+    drawn = []
+    for standing in found:
+        card = known[standing.version] or render_to_string("experiments/profile.html#card", {"card": standing})
+        if not standing.is_active:  # one that goes on also says for how long it has
+            _CARDS.put((standing.experiment.pk, standing.version), card)
+        drawn.append(card)
+    return drawn
+
+
+def _add_sparks(found: list[Standing]) -> None:
     totals = {each.run.pk: each.total for standing in found for each in standing.runs}
     lines = sparks([[each.run for each in standing.runs] for standing in found], totals)
     for standing in found:
         for each in standing.runs:
             each.spark = lines.get(each.run.pk, "")
-    return found
 
 
 def _profile_poll(request: HttpRequest, mine: QuerySet[Experiment]) -> HttpResponse:
-    seen = _seen(request)
-    shown = [pk for pk in (_uuid(text) for text in seen) if pk is not None]
-    found = standings(mine.filter(pk__in=shown[:PAGE_SIZE]))
-    changed = [standing for standing in found if seen[str(standing.experiment.pk)] != standing.version]
-    cards = _cards([standing.experiment for standing in changed]) if changed else []
-    pieces = [
-        render_to_string("experiments/profile.html#live", {"card": card, "oob": True}, request=request)
-        for card in cards
-    ]
+    seen = {pk: mark for text, mark in _seen(request).items() if (pk := _uuid(text)) is not None}
+    found = standings(mine.filter(pk__in=list(seen)[:PAGE_SIZE]))
+    changed = [standing for standing in found if seen[standing.experiment.pk] != standing.version]
+    _add_sparks(changed)
+    pieces = [render_to_string("experiments/profile.html#live", {"card": card, "oob": True}) for card in changed]
     return _pieces(pieces, settled=not any(standing.is_active for standing in found))
 
 

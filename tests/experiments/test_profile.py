@@ -165,6 +165,25 @@ def test_a_poll_brings_only_the_cards_that_changed(client: Client, ada: User) ->
     assert poll(client, unchanged + marks(html)).status_code == 204
 
 
+def test_an_identifier_may_be_written_in_capitals(client: Client, ada: User) -> None:
+    experiment = make_experiment(ada, state="running", until=0.5)
+    assert poll(client, [f"{str(experiment.pk).upper()}:old"]).status_code == 200
+
+
+def test_two_experiments_that_look_the_same_keep_their_own_cards(client: Client, ada: User) -> None:
+    twins = [make_experiment(ada, points=4) for _ in range(2)]
+    for _ in range(2):  # drawn, then remembered
+        html = client.get(URL).content.decode()
+        assert all(f'id="live-{twin.pk}"' in html for twin in twins)
+
+
+def test_a_card_that_is_remembered_follows_its_experiment(client: Client, ada: User) -> None:
+    experiment = make_experiment(ada, points=4)
+    client.get(URL)
+    Experiment.objects.filter(pk=experiment.pk).update(name="Renamed meanwhile")
+    assert "Renamed meanwhile" in client.get(URL).content.decode()
+
+
 def test_polling_is_told_to_end_when_nothing_runs(client: Client, ada: User) -> None:
     experiment = make_experiment(ada, state="running", until=0.5)
     seen = marks(client.get(URL).content.decode())
