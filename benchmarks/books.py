@@ -1,6 +1,6 @@
 """The original Kangaroo's pair on a folder of books: its own growth rule beside the function-preserving one.
 
-    python -m benchmarks books --books FOLDER [--steps 600] [--seeds 0 1 2] [--out var/benchmarks/books]
+    python -m benchmarks books --books FOLDER [--steps 300] [--seeds 0 1 2] [--out var/benchmarks/books]
 
 small 256 / 4 heads of 64 / 512 / 2 layers; large 512 / 4 heads of 64 / 1024 / 4 layers (llama family, tied head).
 Four models a seed: small; the large shape from scratch; grown from small by `random_pad` + `append_random` (the
@@ -45,7 +45,7 @@ def spec_for(books: Path, steps: int, seed: int) -> dict[str, Any]:
         },
         "train": {
             "n_ctx": 256, "batch_size": 8, "max_steps": steps, "lr": 1e-3, "weight_decay": 0.1,
-            "warmup_steps": steps // 10, "eval_every": max(1, steps // 12), "eval_tokens": 65536,
+            "warmup_steps": steps // 10, "eval_every": max(1, steps // 6), "eval_tokens": 32768,
             "checkpoint_every": steps, "seed": seed,
         },
         "models": {
@@ -65,7 +65,7 @@ def events_of(directory: Path, kind: str) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--books", type=Path, required=True, help="a folder of .md or .txt files, one a book")
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("var/benchmarks/books"))
     parser.add_argument("--threads", type=int, default=0, help="0: all cores")
