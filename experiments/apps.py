@@ -1,7 +1,7 @@
 from typing import Any
 
 from django.apps import AppConfig
-from django.db.models.signals import post_delete
+from django.db.models.signals import post_delete, pre_delete
 
 
 class ExperimentsConfig(AppConfig):
@@ -9,10 +9,16 @@ class ExperimentsConfig(AppConfig):
     default_auto_field = "django.db.models.BigAutoField"
 
     def ready(self) -> None:
-        # A signal, because an account that is deleted takes its experiments along without asking anybody here.
+        # Signals, because an account that is deleted takes its experiments along without asking anybody here.
+        pre_delete.connect(_lock_runs, sender="experiments.Experiment")
         post_delete.connect(_remove_directory, sender="experiments.Experiment")
         post_delete.connect(_remove_uploads, sender="experiments.Experiment")
         post_delete.connect(_remove_uploads, sender="accounts.User")
+
+
+def _lock_runs(instance: Any, **_: Any) -> None:
+    """A follower may be adding points; it takes the run's row first, and so do we, in the transaction that deletes."""
+    list(instance.runs.select_for_update().values_list("pk"))
 
 
 def _remove_directory(instance: Any, **_: Any) -> None:

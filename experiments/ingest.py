@@ -30,7 +30,8 @@ def ingest(run: ModelRun, chunk: bytes, offset: int) -> int:
     """Take in the complete lines of `chunk`, which begins at byte `offset` of the run's events.jsonl.
 
     Returns the offset up to which the file is in the database now: the end of the chunk's last complete line, or, if
-    `offset` is not where the database stands, that place, and nothing was changed.
+    `offset` is not where the database stands, that place, and nothing was changed. Raises ModelRun.DoesNotExist if the
+    run was deleted.
     """
     chunk = chunk[: chunk.rfind(b"\n") + 1]
     if not chunk:

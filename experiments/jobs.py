@@ -364,7 +364,11 @@ def _follow(run_id: int, attempt: int, detached: Callable[[], bool]) -> bool:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         _settle(run, State.FAILED, Reason.DISK_FULL if full else Reason.ERROR, detail=f"could not be started: {error}")
         return True
-    return _read(run, transport, detached)
+    try:
+        return _read(run, transport, detached)
+    except ModelRun.DoesNotExist:  # deleted meanwhile; whatever we have just started must go too
+        transport.remove(run.experiment_id)
+        return True
 
 
 def _begin(run: ModelRun) -> bool:
@@ -407,11 +411,8 @@ def _read(run: ModelRun, transport: Transport, detached: Callable[[], bool]) -> 
 
 
 def _still_wanted(run: ModelRun, transport: Transport) -> bool:
-    """Show ourselves; carry a wish to stop to the trainer; undo the run if its row is gone."""
-    now = ModelRun.objects.filter(pk=run.pk).values("attempt", "state", "stop_requested", "reason", "last_seen").first()
-    if now is None:
-        transport.remove(run.experiment_id)
-        return False
+    """Show ourselves, and carry a wish to stop to the trainer. False if somebody else has settled the run."""
+    now = ModelRun.objects.values("attempt", "state", "stop_requested", "reason", "last_seen").get(pk=run.pk)
     if now["attempt"] != run.attempt or now["state"] != State.RUNNING:
         return False
     changes: dict[str, Any] = {}
@@ -431,7 +432,7 @@ def _still_wanted(run: ModelRun, transport: Transport) -> bool:
 
 def _conclude(run: ModelRun, status: Status) -> None:
     """Settle a run whose process has ended, by its last word, or without one by how the process ended."""
-    run.refresh_from_db(fields=["stop_requested", "state", "attempt"])
+    run.refresh_from_db(fields=["stop_requested", "state"])  # not the attempt: we speak of the one we have followed
     if run.state != State.RUNNING:
         return
     started = run.notes.filter(kind="started").order_by("-seq").first()
