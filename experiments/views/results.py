@@ -75,7 +75,7 @@ def profile(request: HttpRequest) -> HttpResponse:
     if not request.user.is_authenticated:
         return render(request, "experiments/profile.html", {"signed_out": True})
     mine = Experiment.objects.owned_by(request.user).select_related("host").prefetch_related("runs")
-    if "seen" in request.GET:
+    if "HX-Request" in request.headers:
         return _profile_poll(request, mine)
     wanted = _Filter(request.GET)
     chosen = wanted.cleaned_data if wanted.is_valid() else {}
@@ -85,6 +85,7 @@ def profile(request: HttpRequest) -> HttpResponse:
     context = {
         "page": page,
         "cards": _cards(page.object_list),
+        "is_live": any(run.is_active for experiment in page.object_list for run in experiment.runs.all()),
         "filter": {name: chosen.get(name, "") for name in ("q", "state", "sort")},
         "is_filtered": any(chosen.get(name) for name in ("q", "state")),
         "states": [("", "All"), *((key, words) for key, (words, _) in STATES.items())],

@@ -197,7 +197,12 @@ def test_polling_is_told_to_end_when_nothing_runs(client: Client, ada: User) -> 
 
 def test_finished_cards_are_not_polled(client: Client, ada: User) -> None:
     make_experiment(ada)
-    assert marks(client.get(URL).content.decode()) == []
+    html = client.get(URL).content.decode()
+    assert marks(html) == []
+    assert "data-poll" not in html
+    answer = poll(client, [])
+    assert answer.status_code == 204
+    assert answer["HX-Trigger"] == "kangaroo:settled"
 
 
 def test_a_poll_tells_nothing_of_other_peoples_experiments(client: Client, ada: User) -> None:
