@@ -5,7 +5,8 @@
 A site of its own in a temporary folder: SQLite, static files collected, gunicorn on loopback as `manage.py up` starts
 it (2 processes of 8 threads). One user has 200 finished experiments, one that runs, and one of three models with 20,000
 training points each. Every client sends its requests one after the other on one connection; a page without its static
-files. `first` is what each path took when nobody had asked for it since the server started. Rows are made with
+files. `first` is what each path took when nobody had asked for it since the server started, `alone` the median of ten
+requests of a single client after that. Rows are made with
 tests/experiments/factories.py; nothing is trained. Takes about two minutes.
 """
 
@@ -124,16 +125,17 @@ def main() -> None:
         with served(dict(os.environ)) as port:
             ask(port, session, "/profile/?q=nothing", 4)  # templates and connections, not curves
             print(f"{options.clients} clients, {options.requests} requests each; milliseconds\n")
-            print(f"{'':<40}{'first':>8}{'p50':>8}{'p95':>8}{'requests/s':>12}")
+            print(f"{'':<40}{'first':>8}{'alone':>8}{'p50':>8}{'p95':>8}{'requests/s':>12}")
             for what, path in paths.items():
                 first = ask(port, session, path, 1)[0]
+                alone = statistics.median(ask(port, session, path, 10))
                 began = time.perf_counter()
                 with ThreadPoolExecutor(options.clients) as pool:
                     jobs = [pool.submit(ask, port, session, path, options.requests) for _ in range(options.clients)]
                     taken = sorted(one for job in jobs for one in job.result())
                 rate = len(taken) / (time.perf_counter() - began)
                 p95 = taken[min(len(taken) - 1, round(len(taken) * 0.95))]
-                print(f"{what:<40}{first:>8.0f}{statistics.median(taken):>8.0f}{p95:>8.0f}{rate:>12.0f}")
+                print(f"{what:<40}{first:>8.0f}{alone:>8.0f}{statistics.median(taken):>8.0f}{p95:>8.0f}{rate:>12.0f}")
 
 
 if __name__ == "__main__":

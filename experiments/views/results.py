@@ -20,7 +20,7 @@ from uuid import UUID
 from django import forms
 from django.contrib import messages
 from django.core.paginator import Paginator
-from django.db.models import Exists, Min, OuterRef, Q, QuerySet
+from django.db.models import Exists, F, Min, OuterRef, Q, QuerySet
 from django.http import Http404, HttpRequest, HttpResponse, StreamingHttpResponse
 from django.http.response import HttpResponseBase
 from django.shortcuts import get_object_or_404, redirect, render
@@ -45,7 +45,7 @@ SORTS = {
     "newest": ("Newest", ("-created",)),
     "oldest": ("Oldest", ("created",)),
     "name": ("Name", ("name", "-created")),
-    "loss": ("Lowest validation loss", ("best", "-created")),
+    "loss": ("Lowest validation loss", (F("best").asc(nulls_last=True), "-created")),
 }
 STATES = {
     "running": ("Waiting or running", Q(runs__state__in=ACTIVE)),
@@ -103,7 +103,7 @@ def _filtered(mine: QuerySet[Experiment], chosen: dict[str, str]) -> QuerySet[Ex
         matching = Experiment.objects.filter(STATES[chosen["state"]][1])
         mine = mine.filter(pk__in=matching.values("pk"))
     order = SORTS.get(chosen.get("sort") or "newest", SORTS["newest"])[1]
-    if "best" in order:
+    if chosen.get("sort") == "loss":
         mine = mine.annotate(best=Min("runs__validation_cross_entropy"))
     active = ModelRun.objects.filter(experiment=OuterRef("pk"), state__in=ACTIVE)
     return mine.annotate(active_now=Exists(active)).order_by("-active_now", *order)

@@ -125,6 +125,12 @@ def test_filter_and_sort(client: Client, ada: User, query: dict[str, str], found
     assert names(client.get(URL, query).content.decode()) == found
 
 
+def test_what_has_no_loss_yet_comes_after_what_has(client: Client, ada: User) -> None:
+    make_experiment(ada, name="has one", points=0)
+    make_experiment(ada, name="has none", state="failed", until=0.0, points=0)
+    assert names(client.get(URL, {"sort": "loss"}).content.decode()) == ["has one", "has none"]
+
+
 def test_a_filter_without_a_match_leads_back(client: Client, ada: User) -> None:
     make_experiment(ada, points=0)
     html = client.get(URL, {"q": "zebra"}).content.decode()
