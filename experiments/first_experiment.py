@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 import uuid
 from pathlib import Path
@@ -22,6 +23,7 @@ ID = uuid.uuid5(uuid.NAMESPACE_URL, "kangaroo:first-experiment")
 _NOTES = "Submitted by Kangaroo itself on its first start, to show what to expect."
 #: Seconds between two lines of progress where there is no terminal to draw a bar on.
 _EVERY = 10.0
+#: Characters of a bar, where there is room.
 _WIDTH = 24
 
 
@@ -58,7 +60,9 @@ def show(experiment: Experiment, out: IO[str], address: str) -> bool:
             return False
         over = not any(run.is_active for run in runs)
         if out.isatty():
-            out.write("\r\x1b[K" + " ".join(_bar(run) for run in runs))
+            # A line that wraps could not be drawn over.
+            room = (shutil.get_terminal_size().columns - 1) // len(runs)
+            out.write("\r\x1b[K" + " ".join(_bar(run, room - 1) for run in runs))
         elif over or time.monotonic() - said >= _EVERY:
             said = time.monotonic()
             out.write(f"  {said - begun:4.0f} s  " + " · ".join(_line(run) for run in runs) + "\n")
@@ -75,9 +79,10 @@ def _share(run: ModelRun) -> float:
     return 1.0 if run.state == State.SUCCEEDED else run.step / run.total_steps if run.total_steps else 0.0
 
 
-def _bar(run: ModelRun) -> str:
-    full = round(_share(run) * _WIDTH)
-    return f"{run.name} [{'█' * full}{'░' * (_WIDTH - full)}] {_loss(run)}"
+def _bar(run: ModelRun, room: int) -> str:
+    width = max(1, min(_WIDTH, room - len(f"{run.name} [] {_loss(run)}")))
+    full = round(_share(run) * width)
+    return f"{run.name} [{'█' * full}{'░' * (width - full)}] {_loss(run)}"
 
 
 def _line(run: ModelRun) -> str:

@@ -77,7 +77,7 @@ def services(address: tuple[str, int], workers: int) -> list[Service]:
 
 
 class Supervisor:
-    """Runs services until it is told to end (SIGINT, SIGTERM)."""
+    """Runs services until it is told to end (SIGINT, SIGTERM, or SIGHUP: its terminal is gone)."""
 
     def __init__(self, services: list[Service], out: IO[str]) -> None:
         self.services = services
@@ -88,8 +88,9 @@ class Supervisor:
 
     def run(self, ready: Callable[[], bool], on_ready: Callable[[Supervisor], None]) -> None:
         """Until told to end. `on_ready` is called once, as soon as `ready` holds."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._ask)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks of us
+                signal.signal(number, self._ask)
         look = 0.0  # when to look whether the site answers; for ever later once it does
         try:
             while not self.ending:
