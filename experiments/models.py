@@ -271,6 +271,9 @@ class Point(models.Model):
             models.UniqueConstraint(fields=["run", "split", "step"], name="a_point_once")
         ]
 
+    def __str__(self) -> str:
+        return f"{self.split} at step {self.step}"
+
 
 class Note(models.Model):
     """An event that is not a point: growth, checkpoint, sample, warning, failure. Kept whole."""
@@ -286,3 +289,6 @@ class Note(models.Model):
         constraints: ClassVar[list[models.BaseConstraint]] = [
             models.UniqueConstraint(fields=["run", "seq"], name="an_event_once")
         ]
+
+    def __str__(self) -> str:
+        return f"{self.kind}, event {self.seq}"

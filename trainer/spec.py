@@ -361,7 +361,7 @@ def load_spec(path: str | Path) -> ExperimentSpec:
 
 
 def problems_of(error: ValidationError) -> list[Problem]:
-    """pydantic's errors as problems: dotted field names as in the JSON, and a sentence that says what would be right."""
+    """pydantic's errors as problems: dotted names as in the JSON, and a sentence that says what is right."""
     return [Problem(*_located(item)) for item in error.errors()]
 
 

@@ -64,9 +64,7 @@ def submit(page: Page, text: Path, name: str, steps: int, eval_every: int = 20) 
     return page.url
 
 
-def test_a_researcher_submits_closes_the_page_and_compares(
-    context: BrowserContext, site: Site, tmp_path: Path
-) -> None:
+def test_a_researcher_submits_closes_the_page_and_compares(context: BrowserContext, site: Site, tmp_path: Path) -> None:
     page = context.new_page()
     sign_up(page)
     expect(page.get_by_text("Nothing here yet")).to_be_visible()
