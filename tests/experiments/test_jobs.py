@@ -12,7 +12,7 @@ from django.db import connection
 from rq.job import Job, JobStatus
 
 from accounts.models import User
-from experiments import jobs
+from experiments import broker, jobs
 from experiments.models import TRANSITIONS, Experiment, Host, ModelRun, Reason, State
 from experiments.transport import for_host
 from tests.live import Live, a_spec, eventually, kill, settled, states, told_by_file, told_by_rows
@@ -43,7 +43,7 @@ def test_an_experiment_runs_to_its_end(live: Live) -> None:
         assert run.started_at < run.ended_at
     small, scaled, _ = experiment.runs.all()
     assert small.ended_at <= scaled.started_at
-    assert jobs.broker.queue().connection.keys("rq:job:*") == [], "nothing is left in the queue"
+    eventually(lambda: not broker.connection().keys("rq:job:*"), what="for the queue to hold nothing any more")
 
 
 def test_the_job_of_a_child_depends_on_that_of_its_parent(queue: Any) -> None:
@@ -253,7 +253,7 @@ def test_deleting_an_experiment_ends_its_training_and_frees_its_disk(live: Live)
     assert not ModelRun.objects.exists()
     assert agent.started_at(pid) is None
     assert not directory.exists()
-    eventually(lambda: jobs.broker.queue().started_job_registry.count == 0, what="for the follower to let go")
+    eventually(lambda: broker.queue().started_job_registry.count == 0, what="for the follower to let go")
     assert worker.poll() is None
     assert not directory.exists(), "no follower has brought it back"
 

@@ -6,12 +6,15 @@ import io
 import json
 import os
 import time
+from datetime import timedelta
 from itertools import pairwise
 from typing import Any
 
 import pytest
 from django.conf import settings
+from django.core.cache import cache
 from django.core.management import CommandError, call_command
+from django.utils import timezone
 
 from accounts.models import User
 from experiments import jobs
@@ -63,6 +66,18 @@ def test_a_host_with_a_worker_of_its_own_has_its_own_queue_and_places(live: Live
     assert {state for state, _ in states(here).values()} == {State.QUEUED}
     begun = there.runs.order_by("started_at")
     assert all(first.ended_at <= second.started_at for first, second in pairwise(begun))
+
+
+def test_the_work_of_guests_who_are_long_gone_is_removed_by_the_reconciler(queue: Any, trainers: None) -> None:
+    guest = User.objects.create_guest()
+    experiment = jobs.create(guest, a_spec(models=("small",)))
+    jobs.follow(experiment.runs.get().pk, 1)
+    directory = experiment.directory
+    User.objects.filter(pk=guest.pk).update(last_active=timezone.now() - timedelta(days=settings.GUEST_IDLE_DAYS + 1))
+    cache.delete("guests-purged")
+    jobs.reconcile()
+    assert not User.objects.filter(pk=guest.pk).exists()
+    assert not directory.exists()
 
 
 def test_what_trains_on_another_machine_is_left_for_that_machine_to_remove(queue: Any, trainers: None) -> None:
