@@ -341,7 +341,8 @@ def test_no_more_runs_train_at_once_than_the_host_has_places(live: Live) -> None
     assert lines >= {None}
     assert max(line or 0 for line in lines) >= 2
     begun = list(ModelRun.objects.order_by("started_at").values_list("pk", flat=True))
-    assert begun == sorted(begun), "first come, first served"
+    for place, pk in enumerate(sorted(begun)):
+        assert abs(begun.index(pk) - place) < 2, "first come, first served; two places may be taken in either order"
 
 
 def test_a_place_is_not_given_twice(live: Live) -> None:
