@@ -1,6 +1,7 @@
 # The one door: `make run` and `make test` do all set-up on a fresh machine that has Python 3.11 to 3.13.
 
-PYTHON ?= $(shell for v in 3.13 3.12 3.11; do command -v python$$v && exit; done; command -v python3)
+# The newest that starts: a version manager may have names for Pythons that are not there.
+PYTHON ?= $(shell for v in 3.13 3.12 3.11 3; do python$$v -c '' 2>/dev/null && echo python$$v && exit; done)
 BIN := .venv/bin
 NPM := $(shell command -v npm || echo $(BIN)/npm)
 VENDOR := var/vendor
@@ -37,6 +38,7 @@ format: $(BIN)/.test
 	$(BIN)/ruff format .
 
 $(BIN)/python:
+	@test -n '$(PYTHON)' || { echo 'No Python was found; Kangaroo needs 3.11, 3.12 or 3.13.'; exit 1; }
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 14) else \
 	  "Kangaroo needs Python 3.11, 3.12 or 3.13; %s is %d.%d. Name another: make PYTHON=python3.12 ..." % (sys.executable, v[0], v[1]))'
 	$(PYTHON) -m venv .venv
