@@ -30,6 +30,7 @@ from trainer.spec import (
     Problem,
     SpecError,
     TrainSpec,
+    is_path,
     parse_spec,
 )
 
@@ -415,7 +416,7 @@ class ExperimentForm(forms.Form):
             name = self.cleaned_data["small_checkpoint"] = sources.checkpoint(
                 self._given("small_checkpoint"), self.user
             )
-            if sources.is_path(name):
+            if is_path(name):
                 self._compare_with(read_config(Path(name)))
 
     def _compare_with(self, config: dict[str, Any]) -> None:

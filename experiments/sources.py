@@ -28,6 +28,7 @@ from django.db import transaction
 
 from accounts.models import User
 from experiments.models import Experiment
+from trainer.spec import is_path
 
 TEXT_SUFFIXES = (".txt", ".md", ".jsonl", ".csv", ".parquet")
 #: What the trainer reads from a folder of the operator's; uploads are text files alone.
@@ -37,11 +38,6 @@ HUB_NAME = re.compile(r"(?=.{1,96}$)[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", r
 HUB_CONFIG = re.compile(r"[\w.+-]{0,96}", re.ASCII)
 #: How much of a file is looked at to tell text from something else, and to find its columns.
 HEAD_BYTES = 1 << 20
-
-
-def is_path(name: str) -> bool:
-    """Whether `name` is spelled as a path; anything else can only be a Hub name."""
-    return name.startswith(("/", "./", "../", "~"))
 
 
 def hub_name(name: str) -> str:

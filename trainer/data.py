@@ -37,7 +37,7 @@ from filelock import FileLock, Timeout
 
 from trainer.endings import DataError
 from trainer.events import Split
-from trainer.spec import BpeTokenizer, DataSpec, PretrainedTokenizer
+from trainer.spec import BpeTokenizer, DataSpec, PretrainedTokenizer, for_transformers, is_path
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -57,6 +57,9 @@ TEXT_FILES = (".txt", ".md", ".py")
 TABLE_FILES = {".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 #: Columns taken for the text when none is named, in this order.
 TEXT_COLUMNS = ("text", "content", "document", "body", "sentence")
+
+#: Readers of `datasets` that may read a Hub dataset's files, by name; the last one reads what was fetched before.
+HUB_READERS = ("parquet", "json", "csv", "text", "arrow", "cache")
 
 #: With fewer documents, or one that is more than half of the text, documents are cut into this many pieces in all.
 FEW_DOCUMENTS, PIECES = 10, 200
@@ -169,7 +172,7 @@ def _index_key(data: DataSpec) -> str:
         key["files"] = [
             [str(f), s.st_size, s.st_mtime_ns, s.st_ctime_ns] for f in source_files(data) for s in [f.stat()]
         ]
-    if isinstance(data.tokenizer, PretrainedTokenizer) and Path(data.tokenizer.name).expanduser().is_dir():
+    if isinstance(data.tokenizer, PretrainedTokenizer) and is_path(data.tokenizer.name):
         folder = Path(data.tokenizer.name).expanduser()
         stats = [(f.name, f.stat()) for f in sorted(folder.glob("*token*"))]
         key["tokenizer_files"] = [[name, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for name, s in stats]
@@ -436,7 +439,7 @@ def _pretrained_tokenizer(spec: PretrainedTokenizer) -> _Ready:
     from transformers import AutoTokenizer
 
     try:
-        loaded = AutoTokenizer.from_pretrained(str(Path(spec.name).expanduser()), trust_remote_code=False)
+        loaded = AutoTokenizer.from_pretrained(for_transformers(spec.name), trust_remote_code=False)
     except Exception as error:
         raise DataError(f"The tokenizer {spec.name!r} cannot be loaded: {_first_line(error)}") from error
     if not getattr(loaded, "is_fast", False):
@@ -574,12 +577,34 @@ def _load_from_hub(data: DataSpec) -> Any:
     datasets.disable_progress_bars()
     asked = f"{data.source!r}" + (f" (config {data.config!r})" if data.config else "")
     try:
-        return datasets.load_dataset(data.source, data.config)
+        builder = datasets.load_dataset_builder(f"hf://datasets/{data.source}", data.config)
+        _check_from_hub(builder, asked)
+        builder.download_and_prepare()
+        return builder.as_dataset()
+    except DataError:
+        raise
     except Exception as error:
         raise DataError(
             f"The dataset {asked} cannot be loaded from the Hub: {_first_line(error)} A local path would begin "
             "with /, ./, ../ or ~."
         ) from error
+
+
+def _check_from_hub(builder: Any, asked: str) -> None:
+    """Refuse a dataset that is, or that leads to, something else than text files on the Hub. Nothing was read yet.
+
+    `text` or `csv` name the readers of `datasets` itself, which take what lies in the current folder; and a dataset's
+    card may list paths and addresses, which would be read from this machine and from the network that it stands in.
+    """
+    reader = type(builder).__module__.split(".")[-1]
+    if reader not in HUB_READERS:
+        kinds = ", ".join(HUB_READERS[:-1])
+        raise DataError(f"The dataset {asked} has files of the kind {reader}; text is read from {kinds}.")
+    for files in (builder.config.data_files or {}).values():
+        for file in files:
+            # "zip://name::hf://..." is a file in an archive: what counts is where the archive is.
+            if not str(file).rpartition("::")[2].startswith("hf://datasets/"):
+                raise DataError(f"The dataset {asked} leads to {file}, which is not on the Hub.")
 
 
 def pieces_of(text: str, size: int) -> Iterator[str]:

@@ -41,7 +41,16 @@ from trainer.events import Event, Failed, Finished
 from trainer.families import Described, FamilyError, build_model, get_family, read_config
 from trainer.growth import GrowthError, plan
 from trainer.growth.apply import SourceError, grow_checkpoint
-from trainer.spec import CheckpointInit, ExperimentSpec, GrowInit, RandomInit, SpecError, TrainSpec, load_spec
+from trainer.spec import (
+    CheckpointInit,
+    ExperimentSpec,
+    GrowInit,
+    RandomInit,
+    SpecError,
+    TrainSpec,
+    for_transformers,
+    load_spec,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -290,7 +299,11 @@ def _first_weights(
     if isinstance(model.init, GrowInit):
         return _grown(spec, name, directory, prepared, device)
     if isinstance(model.init, CheckpointInit):
-        return _load(model.init.path, device), None
+        try:
+            source = for_transformers(model.init.path)
+        except ValueError as error:
+            raise CheckpointError(f"{model.init.path} cannot be loaded: {error}") from error
+        return _load(source, device), None
     assert model.shape is not None
     return _fresh(spec, name, prepared).to(device), None
 
@@ -391,7 +404,7 @@ def _load(path: Path | str, device: torch.device) -> Any:
 
     try:
         model, loaded = AutoModelForCausalLM.from_pretrained(
-            str(Path(path).expanduser()) if Path(path).expanduser().exists() else str(path),
+            str(path),
             dtype=torch.float32,
             trust_remote_code=False,
             use_safetensors=True,

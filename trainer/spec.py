@@ -15,6 +15,7 @@ Words: see :class:`Shape` for the dimensions, :class:`GrowInit` for the growth o
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -46,6 +47,26 @@ MODEL_NAME = r"^[a-z][a-z0-9_-]{0,31}$"
 Dimension = Annotated[int, Field(ge=1, le=1_000_000)]
 Layers = Annotated[int, Field(ge=1, le=2_000)]
 PositiveInt = Annotated[int, Field(ge=1, le=2_000_000_000)]
+
+
+def is_path(name: str) -> bool:
+    """Whether a dataset, checkpoint or tokenizer is named by a path; anything else is a name on the Hub.
+
+    By its spelling alone: what happens to lie in the current folder must not turn a Hub name into a path.
+    """
+    return name.startswith(("/", "./", "../", "~"))
+
+
+def for_transformers(name: str) -> str:
+    """What to hand to a `from_pretrained`, which takes a folder that is there before a name on the Hub.
+
+    Raises ValueError where it would take a Hub name for a folder: whoever typed it may have no right to that.
+    """
+    if is_path(name):
+        return str(Path(name).expanduser().absolute())
+    if os.path.lexists(name):
+        raise ValueError(f"there is a file or folder of that name here; write ./{name} for it.")
+    return name
 
 
 class Problem(NamedTuple):
@@ -101,7 +122,7 @@ class RandomInit(_Spec):
 
 
 class CheckpointInit(_Spec):
-    """A pre-trained checkpoint: a Hugging Face folder (safetensors) or a name on the Hub."""
+    """A pre-trained checkpoint: a Hugging Face folder (safetensors; see :func:`is_path`) or a name on the Hub."""
 
     kind: Literal["checkpoint"] = "checkpoint"
     path: Annotated[str, Field(min_length=1)]
@@ -134,7 +155,10 @@ class BpeTokenizer(_Spec):
 
 
 class PretrainedTokenizer(_Spec):
-    """A tokenizer by Hub name or folder. `d_vocab` is only needed to count parameters before it was fetched."""
+    """A tokenizer by Hub name or folder (see :func:`is_path`).
+
+    `d_vocab` is only needed to count parameters before it was fetched.
+    """
 
     kind: Literal["pretrained"] = "pretrained"
     name: Annotated[str, Field(min_length=1)]
@@ -163,10 +187,7 @@ class DataSpec(_Spec):
     def kind(self) -> Literal["built-in", "local", "hub"]:
         if self.source == BUILT_IN_SOURCE:
             return "built-in"
-        # By its spelling alone: what happens to lie in the current folder must not turn a Hub name into a path.
-        if self.source.startswith(("/", "./", "../", "~")):
-            return "local"
-        return "hub"
+        return "local" if is_path(self.source) else "hub"
 
 
 class TrainSpec(_Spec):

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.trainer.texts import CORPORA, write_modules
-from trainer.data import SPLITS, Prepared, assign, pieces_of, prepare, text_column
+from trainer.data import SPLITS, Prepared, _check_from_hub, assign, pieces_of, prepare, text_column
 from trainer.endings import DataError
 from trainer.spec import DataSpec
 
@@ -316,6 +316,43 @@ def test_sources_that_are_not_there_or_not_text_are_named(tmp_path: Path) -> Non
 def test_a_hub_that_cannot_be_reached_is_said_in_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"The dataset 'no/such' \(config 'raw'\) cannot be loaded from the Hub: "):
         prepare(data("no/such", config="raw"), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["text", "pandas", "mine", "some/one"])
+def test_the_name_of_a_hub_dataset_never_reads_what_lies_in_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in (Path(), Path("mine"), Path("some/one")):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "secret.txt").write_text("".join(f"a secret {i}\n\n" for i in range(100)))
+    with pytest.raises(DataError, match=r"cannot be loaded from the Hub|which is not on the Hub|of the kind pandas"):
+        prepare(data(name), tmp_path / "cache")
+
+
+def test_a_hub_dataset_cannot_lead_to_files_of_this_machine_or_to_other_addresses(tmp_path: Path) -> None:
+    import datasets
+
+    (tmp_path / "secret.txt").write_text("a secret")
+    builder = datasets.load_dataset_builder("text", data_files=str(tmp_path / "secret.txt"))
+    with pytest.raises(DataError, match=r"leads to .*secret.txt, which is not on the Hub"):
+        _check_from_hub(builder, "'some/one'")
+    for file in ("http://169.254.169.254/latest", "zip://a.txt::/etc/a.zip", "hf://datasets/a/b/c::file:///etc/passwd"):
+        builder.config.data_files = {"train": [file]}
+        with pytest.raises(DataError, match="which is not on the Hub"):
+            _check_from_hub(builder, "'some/one'")
+    builder.config.data_files = {"train": ["hf://datasets/a/b@main/c.txt", "zip://c.txt::hf://datasets/a/b@main/c.zip"]}
+    _check_from_hub(builder, "'some/one'")
+
+
+def test_a_folder_does_not_stand_in_for_a_tokenizer_on_the_hub(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    word_tokenizer(tmp_path / "mine", 500, eos_token="[end]")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"'mine' cannot be loaded: there is a file or folder .*write ./mine for it"):
+        prepare(data(text, tokenizer={"kind": "pretrained", "name": "mine"}), tmp_path / "cache")
+    assert prepare(data(text, tokenizer={"kind": "pretrained", "name": "./mine"}), tmp_path / "cache").d_vocab > 500
 
 
 def test_the_standard_library_is_there_without_its_tests() -> None:

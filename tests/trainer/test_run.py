@@ -156,6 +156,21 @@ def test_a_checkpoint_is_taken_up_with_its_shape_and_its_tokenizer(text: Path, t
     assert "models.base.shape is not the checkpoint's" in failed.message
 
 
+def test_a_folder_does_not_stand_in_for_a_checkpoint_on_the_hub(
+    text: Path, tmp_path: Path, go: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go(experiment(text), "small", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    held = experiment(text).model_dump(mode="json")
+    held["data"]["tokenizer"] = {"kind": "pretrained", "name": str(tmp_path / "small" / "model")}
+    held["models"] = {"base": {"init": {"kind": "checkpoint", "path": "small/model"}}}
+    failed = go(parse_spec(held), "base", tmp_path / "second")[-1]
+    assert failed.reason == "bad_checkpoint"
+    assert "small/model cannot be loaded: there is a file or folder of that name here" in failed.message
+    held["models"]["base"]["init"]["path"] = "./small/model"
+    assert go(parse_spec(held), "base", tmp_path / "third")[-1].kind == "finished"
+
+
 def test_a_checkpoint_with_holes_is_refused(text: Path, tmp_path: Path, go: Any) -> None:
     from safetensors.torch import load_file, save_file
 
