@@ -20,6 +20,7 @@ HEAVY = {"torch", "transformers", "datasets", "tokenizers", "numpy"}
     [
         "import kangaroo_site.wsgi as w; from django.urls import get_resolver; get_resolver().url_patterns",
         "import trainer.spec, trainer.events",
+        "import kangaroo_site.wsgi, experiments.worker, experiments.jobs, experiments.supervisor",
         "import trainer.agent",
         "import trainer.growth, trainer.families, trainer.budget",
     ],
