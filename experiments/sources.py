@@ -15,7 +15,8 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -107,11 +108,13 @@ def _candidates(text: str) -> list[Path]:
 
 def _may_read(path: Path, user: Any) -> bool:
     """`path` is resolved. Kangaroo's own files are opened one owner at a time, even inside an opened folder."""
-    if path.is_relative_to(settings.UPLOADS_DIR):
-        return may_use_upload(str(path.relative_to(settings.UPLOADS_DIR)), user)
-    if path.is_relative_to(settings.RUNS_DIR):
-        return _sees_run(path.relative_to(settings.RUNS_DIR), user)
-    if path.is_relative_to(settings.VAR) or settings.VAR.is_relative_to(path):
+    # An operator may have put these on another disk, with a link in their place.
+    uploads, runs, var = settings.UPLOADS_DIR.resolve(), settings.RUNS_DIR.resolve(), settings.VAR.resolve()
+    if path.is_relative_to(uploads):
+        return may_use_upload(str(path.relative_to(uploads)), user)
+    if path.is_relative_to(runs):
+        return _sees_run(path.relative_to(runs), user)
+    if path.is_relative_to(var) or any(kept.is_relative_to(path) for kept in (var, uploads, runs)):
         return False
     return any(path.is_relative_to(folder) for folder in settings.LOCAL_DATA_DIRS)
 
@@ -142,7 +145,9 @@ def may_use_upload(relative: str, user: Any) -> bool:
         return False
     owner = path.relative_to(root).parts[0]
     return owner == str(user.pk) or bool(
-        Experiment.objects.owned_by(user).filter(spec_json__data__source=str(path)).exists()
+        Experiment.objects.owned_by(user)
+        .filter(spec_json__data__source__in=[str(path), str(settings.UPLOADS_DIR / relative)])
+        .exists()
     )
 
 
@@ -186,16 +191,29 @@ def keep_upload(file: UploadedFile[Any], user: User) -> str:
                 f"with it your uploads take {used / 1e9:.1f} GB; at most {settings.MAX_DISK_GB_PER_USER} GB may be kept"
             )
         target.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = target.with_name(f".{target.name}.part")
-        with open(unfinished, "wb") as out:
-            for chunk in file.chunks():
-                out.write(chunk)
-        unfinished.replace(target)
+        _write(file, target)
     return str(relative)
 
 
+def _write(file: UploadedFile[Any], target: Path) -> None:
+    """Whole or not at all; two clicks may send the same file at once, so each has an unfinished one of its own."""
+    number, unfinished = tempfile.mkstemp(prefix=".", suffix=".part", dir=target.parent)
+    try:
+        with open(number, "wb") as out:
+            for chunk in file.chunks():
+                out.write(chunk)
+        Path(unfinished).replace(target)
+    except OSError as error:
+        Path(unfinished).unlink(missing_ok=True)
+        raise ValidationError(f"could not be kept here: {error.strerror}") from error
+
+
 def uploaded_bytes(user: User) -> int:
-    return sum(f.stat().st_size for f in (settings.UPLOADS_DIR / str(user.pk)).rglob("*") if f.is_file())
+    total = 0
+    for path in (settings.UPLOADS_DIR / str(user.pk)).rglob("*"):
+        with suppress(FileNotFoundError):  # an unfinished one, finished meanwhile
+            total += path.stat().st_size if path.is_file() else 0
+    return total
 
 
 def remove_uploads(gone: User | Experiment) -> None:
@@ -238,10 +256,13 @@ def columns(path: Path) -> list[str] | None:
     with open(path, "rb") as file:
         line = file.readline(HEAD_BYTES).decode("utf-8-sig", "replace")
     if path.suffix.lower() == ".csv":
-        return [str(name) for name in next(csv.reader(io.StringIO(line)), [])]
+        try:
+            return [str(name) for name in next(csv.reader(io.StringIO(line)), [])]
+        except csv.Error as error:
+            raise ValidationError(f"the file's first line is no row of column names: {error}") from None
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValidationError("the file's first line is not JSON; a .jsonl file has one object a line") from None
     if not isinstance(row, dict):
         raise ValidationError('the file has one object a line, such as {"text": ...}; its first line is another thing')
@@ -255,5 +276,8 @@ def check_column(path: Path, column: str) -> None:
         raise ValidationError(f"there is no such column; there is {_either(found)}")
 
 
-def _either(names: Iterable[str]) -> str:
-    return ", ".join(names) or "none"
+def _either(names: Sequence[str]) -> str:
+    """A file may claim to have any number of columns, under names of any length."""
+    shown = [name if len(name) <= 40 else f"{name[:40]}…" for name in names[:20]]
+    more = [f"and {len(names) - 20} more"] if len(names) > 20 else []
+    return ", ".join(shown + more) or "none"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -546,3 +547,68 @@ def test_a_column_that_is_not_there_is_refused_with_those_that_are(user: User, n
     form = upload(user, a_file(name, content), text_column="text")
     assert "there is title, body" in str(form.errors["text_column"])
     assert not upload(user, a_file(name, content), text_column="body").errors
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("t.csv", b"a" * 200_000 + b"\n", "no row of column names: field larger than"),
+        ("t.csv", b"a\rb\n", "no row of column names"),
+        ("t.jsonl", b"[" * 100_000 + b"\n", "is not JSON"),
+        ("t.csv", b",".join(b"c%d" % i for i in range(50_000)) + b"\n", "c18, c19, and 49980 more"),
+    ],
+)
+def test_a_first_line_that_is_made_to_choke_on_is_refused_in_a_sentence(
+    user: User, name: str, content: bytes, words: str
+) -> None:
+    errors = upload(user, a_file(name, content), text_column="text").errors
+    assert words in str(errors["text_column"])
+    assert len(str(errors["text_column"])) < 1000
+
+
+def test_two_clicks_that_send_the_same_file_at_once_both_keep_it(user: User, settings: Any) -> None:
+    class Slow(SimpleUploadedFile):
+        """In the middle of its being kept, the other click's file is kept too."""
+
+        reads = 0
+
+        def chunks(self, chunk_size: int | None = None) -> Any:
+            yield b"Call me "
+            self.reads += 1
+            if self.reads == 2:  # the first time it is only hashed
+                sources.keep_upload(SimpleUploadedFile("book.txt", b"Call me Ishmael."), user)
+            yield b"Ishmael."
+
+    relative = sources.keep_upload(Slow("book.txt", b"Call me Ishmael."), user)
+    files = [f for f in settings.UPLOADS_DIR.rglob("*") if f.is_file()]
+    assert [f.read_bytes() for f in files] == [b"Call me Ishmael."]
+    assert files == [settings.UPLOADS_DIR / relative]
+
+
+def test_a_full_disk_is_said_beside_the_file_and_leaves_nothing(
+    user: User, settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Any, chunk_size: int | None = None) -> Any:
+        if (settings.UPLOADS_DIR / str(user.pk)).exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        yield b"Call me Ishmael."
+
+    monkeypatch.setattr(SimpleUploadedFile, "chunks", full)
+    assert "could not be kept here: No space left on device" in str(upload(user, a_file()).errors["upload"])
+    assert [f for f in settings.UPLOADS_DIR.rglob("*") if f.is_file()] == []
+
+
+def test_run_directories_on_another_disk_stay_their_owners(user: User, settings: Any, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    (disk / "runs").mkdir(parents=True)
+    settings.RUNS_DIR.parent.mkdir(parents=True, exist_ok=True)
+    settings.RUNS_DIR = settings.VAR / "linked"
+    settings.RUNS_DIR.symlink_to(disk / "runs")
+    experiment = Experiment.objects.create(owner=user, name="x", spec_json={}, host=Host.local())
+    log = experiment.directory / "small" / "log.txt"
+    log.parent.mkdir(parents=True)
+    log.write_text("what it printed")
+    settings.LOCAL_DATA_DIRS = [disk]  # an operator who opened the whole disk
+    for path in (log, disk / "runs", disk):
+        assert "local_path" in errors_of(make_user(f"{path.name}@example.org"), source="local", local_path=str(path))
+    assert errors_of(user, source="local", local_path=str(log)) == {}
