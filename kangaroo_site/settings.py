@@ -229,6 +229,10 @@ LOCAL_DATA_DIRS = [Path(folder).resolve() for folder in _allowed]
 #: Text files that users sent: UPLOADS_DIR / user id / hash of the content / file name. Each user sees their own alone.
 UPLOADS_DIR = VAR / "uploads"
 MAX_UPLOAD_MB = env.int("MAX_UPLOAD_MB", 100)
+FILE_UPLOAD_HANDLERS = [
+    "django.core.files.uploadhandler.MemoryFileUploadHandler",
+    "experiments.uploads.BoundedUploadHandler",
+]
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 #: How many runs train at once on this machine; each gets its share of the cores.
 LOCAL_SLOTS = env.int("LOCAL_SLOTS", min(2, CORES))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from django.core.files.uploadedfile import SimpleUploadedFile
+from django.core.files.uploadedfile import SimpleUploadedFile, TemporaryUploadedFile
 from django.db import IntegrityError
 from django.test import Client
 from django.urls import reverse
@@ -311,6 +311,35 @@ def test_an_upload_is_kept_over_an_error_and_trained_on_afterwards(
     assert source.read_text() == "Call me Ishmael."
     again = Page(client.get(TRAIN, {"from": str(Experiment.objects.get().pk)}))
     assert again.by_id("id_uploaded")["value"] == kept
+
+
+def test_of_a_file_that_is_too_large_no_more_is_written_than_may_be_uploaded(
+    client: Client, settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings.MAX_UPLOAD_MB = 3  # larger than what Django keeps in memory
+    written: list[int] = []
+
+    class Counting(TemporaryUploadedFile):
+        def close(self) -> None:
+            written.append(Path(self.temporary_file_path()).stat().st_size)
+            super().close()
+
+    monkeypatch.setattr("django.core.files.uploadhandler.TemporaryUploadedFile", Counting)
+    files = {name: SimpleUploadedFile(f"{name}.txt", b"x" * 5_000_000) for name in ("upload", "another", "third")}
+    response = client.post(TRAIN, first_look(source="upload", name="Long work") | files)
+    assert response.status_code == 422
+    assert "has 5 MB; at most 3 MB can be uploaded" in response.content.decode()
+    assert Page(response).by_id("id_name")["value"] == "Long work"
+    assert (len(written), sum(written)) == (3, 3_000_000)
+    assert not User.objects.exists()
+
+
+def test_a_file_as_large_as_may_be_uploaded_is_taken_whole(client: Client, settings: Any, tmp_path: Path) -> None:
+    settings.UPLOADS_DIR = tmp_path / "uploads"
+    settings.MAX_UPLOAD_MB = 3
+    file = SimpleUploadedFile("book.txt", b"x" * 3_000_000)
+    assert client.post(TRAIN, first_look(source="upload") | {"upload": file}).status_code == 302
+    assert Path(Experiment.objects.get().spec.data.source).stat().st_size == 3_000_000
 
 
 # The sheet ------------------------------------------------------------------------------------------------------------
