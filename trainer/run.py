@@ -137,7 +137,7 @@ def _story(
     import torch
     from transformers.utils import logging
 
-    from trainer import evaluate, train
+    from trainer import attention, evaluate, train
 
     logging.disable_progress_bar()  # it would draw one for each file it writes
     torch.set_num_threads(threads or torch.get_num_threads())
@@ -163,6 +163,7 @@ def _story(
         precision = train.choose_precision(settings.precision, widest, device)
         model, grown = _first_weights(spec, name, directory, prepared, device)
     _check_model(model, prepared, settings)
+    attention.use_in(model)
     family, described = spec.models[name].family, _describe(spec, name, model)
     size = budget.parameters(family, *described)
     flops_per_token = budget.flops_per_token(family, described.shape, settings.n_ctx, described.d_vocab, described.tied)

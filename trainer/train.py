@@ -8,7 +8,8 @@ What it promises:
 * Checkpoints are whole or absent, hold no pickled code, and are folders that `AutoModelForCausalLM` loads.
 
 Where the speed comes from: matrix products in bfloat16 where the machine does those faster; a loss that never holds
-[n, V] logits and has its gradients ready after the forward pass; a fused optimizer; tokens mapped from a file.
+[n, V] logits and has its gradients ready after the forward pass; attention that suits the machine
+(:mod:`trainer.attention`); a fused optimizer; tokens mapped from a file.
 
 Letters: B windows in a batch, T tokens in a window, n = B * T, d d_model, V d_vocab, c a chunk of positions.
 """
@@ -189,12 +190,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for start in range(0, n, LOSS_CHUNK):
             h, t = h_all[start : start + LOSS_CHUNK], targets[start : start + LOSS_CHUNK, None]
-            logits = (h @ w.T).float()  # [c, V]
-            log_z = logits.logsumexp(-1, keepdim=True)
-            loss += (log_z - logits.gather(1, t)).sum()
-            # d loss / d logits = (softmax - one-hot) / n, in the logits' own memory
-            d_logits = logits.sub_(log_z).exp_()
-            d_logits.scatter_add_(1, t, torch.full_like(log_z, -1.0))
+            log_p = (h @ w.T).float().log_softmax(-1)  # [c, V]
+            loss -= log_p.gather(1, t).sum()
+            # d loss / d logits = (softmax - one-hot) / n, in the same memory
+            d_logits = log_p.exp_()
+            d_logits.scatter_add_(1, t, d_logits.new_full(t.shape, -1.0))
             g = d_logits.div_(n).to(dtype)
             d_hidden[start : start + LOSS_CHUNK] = g @ w
             d_weight += g.T @ h
