@@ -21,6 +21,7 @@ from django.forms import BoundField
 
 from accounts.models import User
 from experiments import sources
+from experiments.models import Experiment
 from experiments.values import DIMENSIONS, TRAIN_FIELDS, document_of, field_of, set_aside
 from trainer.families import FamilyError, family_of, get_family, read_config
 from trainer.growth import OPERATORS
@@ -176,7 +177,7 @@ class ExperimentForm(forms.Form):
     notes = forms.CharField(
         label="Notes",
         required=False,
-        max_length=20_000,
+        max_length=Experiment._meta.get_field("notes").max_length,
         widget=forms.Textarea(attrs={"class": "form-control", "rows": 2}),
         help_text="What you want to find out. Only for people.",
     )

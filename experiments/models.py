@@ -116,7 +116,7 @@ class Experiment(models.Model):
     id = models.UUIDField(primary_key=True, default=uuid.uuid4, editable=False)
     owner = models.ForeignKey(settings.AUTH_USER_MODEL, models.CASCADE, null=True, related_name="experiments")
     name = models.CharField(max_length=120)
-    notes = models.TextField(blank=True)
+    notes = models.TextField(blank=True, max_length=20_000)
     spec_json = models.JSONField()
     host = models.ForeignKey(Host, models.PROTECT, related_name="experiments")
     is_public = models.BooleanField(default=False, help_text="Shown, read-only, to everybody.")

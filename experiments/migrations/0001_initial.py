@@ -32,7 +32,7 @@ class Migration(migrations.Migration):
             fields=[
                 ('id', models.UUIDField(default=uuid.uuid4, editable=False, primary_key=True, serialize=False)),
                 ('name', models.CharField(max_length=120)),
-                ('notes', models.TextField(blank=True)),
+                ('notes', models.TextField(blank=True, max_length=20000)),
                 ('spec_json', models.JSONField()),
                 ('is_public', models.BooleanField(default=False, help_text='Shown, read-only, to everybody.')),
                 ('created', models.DateTimeField(db_index=True, default=django.utils.timezone.now)),

@@ -6,14 +6,19 @@ sections that look different now, or with 204. Whoever may not see an experiment
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import io
 import json
+import os
 import re
+import time
+import weakref
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
+from threading import BoundedSemaphore
 from typing import Any
 from uuid import UUID
 
@@ -243,7 +248,7 @@ def _files(standing: Standing) -> list[dict[str, Any]]:
         steps = sorted((path.name for path in each.run.directory.glob("checkpoints/step-*")), reverse=True)
         for name in ["model", *steps]:
             if (folder := _checkpoint(each.run, name)) is not None:
-                size = sum(path.stat().st_size for path in _members(folder))
+                size = sum(map(_size, _members(folder)))
                 found.append({"model": each.name, "colour": each.colour, "name": name, "bytes": size})
     return found
 
@@ -258,7 +263,18 @@ def _checkpoint(run: ModelRun, name: str) -> Path | None:
 
 
 def _members(folder: Path) -> list[Path]:
-    return [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink()]
+    """The files of a checkpoint; none if it was replaced by a newer one while we looked."""
+    try:
+        return [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink()]
+    except FileNotFoundError:
+        return []
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 # Figures --------------------------------------------------------------------------------------------------------------
@@ -329,7 +345,7 @@ def metrics_csv(request: HttpRequest, pk: UUID) -> HttpResponseBase:
     names = dict(experiment.runs.values_list("pk", "name"))
     columns = (*_CSV, "lr", "grad_norm")
 
-    def rows() -> Iterator[str]:
+    def rows() -> Generator[str, None, None]:
         line = io.StringIO()
         write = csv.writer(line).writerow
         write(("model", *columns))
@@ -342,9 +358,7 @@ def metrics_csv(request: HttpRequest, pk: UUID) -> HttpResponseBase:
                 line.truncate()
         yield line.getvalue()
 
-    response = StreamingHttpResponse(rows(), content_type="text/csv; charset=utf-8")
-    response["Content-Disposition"] = f'attachment; filename="kangaroo-{experiment.pk}.csv"'
-    return response
+    return _download(rows(), "text/csv; charset=utf-8", f"kangaroo-{experiment.pk}.csv")
 
 
 @require_safe
@@ -374,17 +388,20 @@ def checkpoint(request: HttpRequest, pk: UUID, name: str, checkpoint: str) -> Ht
     if folder is None:
         raise Http404("No such checkpoint")
     title = f"{run.name}-{checkpoint}"
-    response = StreamingHttpResponse(_zipped(folder, title), content_type="application/zip")
-    response["Content-Disposition"] = f'attachment; filename="{title}.zip"'
-    return response
+    return _download(_zipped(folder, title), "application/zip", f"{title}.zip")
 
 
-def _zipped(folder: Path, title: str) -> Iterator[bytes]:
+def _zipped(folder: Path, title: str) -> Generator[bytes, None, None]:
     """The files under `folder` as a zip, in pieces. Stored, not deflated: weights do not compress."""
     out = _Pipe()
-    with zipfile.ZipFile(out, "w") as archive:
-        for path in _members(folder):
-            with path.open("rb") as source, archive.open(f"{title}/{path.relative_to(folder)}", "w") as target:
+    with contextlib.ExitStack() as opened, zipfile.ZipFile(out, "w") as archive:
+        # All are opened first: those of a checkpoint that is deleted meanwhile can still be read to their end.
+        files = [(path, opened.enter_context(path.open("rb"))) for path in _members(folder)]
+        for path, source in files:
+            member = zipfile.ZipInfo(f"{title}/{path.relative_to(folder)}", time.localtime()[:6])
+            # It must know its size: one beyond 2 GB is written in another way.
+            member.file_size = os.fstat(source.fileno()).st_size
+            with archive.open(member, "w") as target:
                 while block := source.read(2**20):
                     target.write(block)
                     yield out.take()
@@ -408,6 +425,40 @@ class _Pipe(io.RawIOBase):
         taken = b"".join(self.parts)
         self.parts.clear()
         return taken
+
+
+#: Long answers that one web process sends at once. Each takes a thread for as long as its reader likes, and the pages
+#: need the others.
+DOWNLOADS = 4
+_places = BoundedSemaphore(DOWNLOADS)
+
+
+def _download(pieces: Generator[Any, None, None], content_type: str, name: str) -> HttpResponseBase:
+    """A file made while it is sent; 503 when too many are being sent already."""
+    if not _places.acquire(blocking=False):
+        words = "Too many files are being downloaded from here at once. Try again in a minute.\n"
+        return HttpResponse(words, "text/plain; charset=utf-8", 503, headers={"Retry-After": "60"})
+    response = StreamingHttpResponse(_Sent(pieces), content_type=content_type)
+    response["Content-Disposition"] = f'attachment; filename="{name}"'
+    return response
+
+
+class _Sent:
+    """The pieces of a download, and its place, given back however it ends: a reader may not even begin to read."""
+
+    def __init__(self, pieces: Generator[Any, None, None]) -> None:
+        self.pieces = pieces
+        self.give_back = weakref.finalize(self, _places.release)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        return next(self.pieces)
+
+    def close(self) -> None:
+        self.pieces.close()
+        self.give_back()
 
 
 # What may be done to it -----------------------------------------------------------------------------------------------

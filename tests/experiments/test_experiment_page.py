@@ -5,11 +5,14 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+from django.core.signals import request_finished
+from django.db import close_old_connections
 from django.test import Client
 from django.utils import timezone
 
@@ -17,6 +20,7 @@ from accounts.models import User
 from experiments import jobs
 from experiments.models import Experiment, ModelRun, Reason, State
 from experiments.standing import promise
+from experiments.views import results
 from tests.experiments.factories import add_note, make_experiment, make_spec, make_user
 from tests.experiments.test_profile import inline_parts, marks
 
@@ -306,6 +310,62 @@ def test_checkpoints_and_models_are_listed_and_come_as_zip_files(client: Client,
         assert archive.read(f"scaled-{name}/model.safetensors") == b"weights" * 400_000
 
 
+def test_a_file_too_large_for_the_plain_kind_of_zip_is_downloaded_whole(
+    client: Client, ada: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 1_000_000)  # 2 GB in truth
+    experiment = make_experiment(ada, points=0)
+    write_files(experiment)
+    answer = client.get(f"/experiments/{experiment.pk}/scaled/checkpoint/model/")
+    archive = zipfile.ZipFile(io.BytesIO(b"".join(answer.streaming_content)))  # type: ignore[attr-defined]
+    assert archive.read("scaled-model/model.safetensors") == b"weights" * 400_000
+
+
+def test_a_checkpoint_that_is_deleted_meanwhile_is_downloaded_to_its_end(client: Client, ada: User) -> None:
+    experiment = make_experiment(ada, points=0)
+    folder = write_files(experiment)
+    answer = client.get(f"/experiments/{experiment.pk}/scaled/checkpoint/step-000400/")
+    pieces = iter(answer.streaming_content)  # type: ignore[attr-defined]
+    first = next(pieces)
+    shutil.rmtree(folder / "checkpoints" / "step-000400")
+    archive = zipfile.ZipFile(io.BytesIO(first + b"".join(pieces)))
+    assert archive.read("scaled-step-000400/model.safetensors") == b"weights" * 400_000
+
+
+def test_a_page_stands_while_a_checkpoint_is_replaced_under_it(
+    client: Client, ada: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = make_experiment(ada, points=0)
+    folder = write_files(experiment)
+    members = results._members
+
+    def then_gone(checkpoint: Path) -> list[Path]:
+        found = members(checkpoint)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        return found
+
+    monkeypatch.setattr(results, "_members", then_gone)
+    assert client.get(experiment.get_absolute_url()).status_code == 200
+
+
+def test_downloads_leave_threads_to_the_pages_and_give_their_places_back(client: Client, ada: User) -> None:
+    experiment = make_experiment(ada, points=0)
+    write_files(experiment)
+    address = f"/experiments/{experiment.pk}/scaled/checkpoint/model/"
+    for _ in range(2):
+        slow = [client.get(address) for _ in range(results.DOWNLOADS)]
+        assert [answer.status_code for answer in slow] == [200] * results.DOWNLOADS
+        refused = client.get(f"/experiments/{experiment.pk}/metrics.csv")
+        assert (refused.status_code, refused["Retry-After"]) == (503, "60")
+        assert "Try again in a minute" in refused.content.decode()
+        assert client.get(experiment.get_absolute_url()).status_code == 200
+        b"".join(slow.pop().streaming_content)  # type: ignore[attr-defined]
+        request_finished.disconnect(close_old_connections)  # the test's own
+        for answer in slow:
+            answer.close()  # nobody has begun to read them
+        request_finished.connect(close_old_connections)
+
+
 @pytest.mark.parametrize("name", ["step-000999", "log", "model-x", "checkpoints"])
 def test_what_is_no_checkpoint_is_not_given_out(client: Client, ada: User, name: str) -> None:
     experiment = make_experiment(ada, points=0)
@@ -356,6 +416,15 @@ def test_name_and_notes_can_be_changed(client: Client, ada: User) -> None:
     experiment.refresh_from_db()
     assert (experiment.name, experiment.notes) == ("Another", "For the paper.")
     assert "For the paper." in page(client, experiment)
+
+
+def test_notes_have_an_end(client: Client, ada: User) -> None:
+    experiment = make_experiment(ada, points=0)
+    answer = client.post(f"{experiment.get_absolute_url()}edit/", {"name": "x", "notes": "n" * 20_001})
+    assert answer.status_code == 422
+    assert "at most 20000 characters" in answer.content.decode()
+    experiment.refresh_from_db()
+    assert len(experiment.notes) < 20_000
 
 
 def test_an_empty_name_is_refused_and_what_was_typed_stays(client: Client, ada: User) -> None:
