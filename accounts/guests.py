@@ -46,6 +46,9 @@ def claim(guest: User, user: User) -> None:
     Whatever points at a user is moved, so that no app has to remember to take part.
     """
     with transaction.atomic():
+        User.objects.select_for_update().get(
+            pk=guest.pk
+        )  # a submission in another tab comes before or after, not between
         for relation in User._meta.related_objects:
             if relation.one_to_many and relation.related_model is not None:
                 field = relation.field.name

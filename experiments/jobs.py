@@ -156,8 +156,8 @@ def delete(experiment: Experiment) -> None:
     """Kill what trains for it, delete its rows and its run directories. Needs no worker."""
     runs = list(experiment.runs.all())
     experiment.delete()
-    for run in runs:
-        _forget(run)
+    for run in runs:  # the admin deletes in a transaction, which must not wait for the broker
+        transaction.on_commit(lambda run=run: _forget(run))  # type: ignore[misc]
 
 
 def remove_directory(experiment: Experiment) -> None:

@@ -226,6 +226,8 @@ DATA_CACHE = VAR / "data"
 #: Folders whose files any user may name as a dataset or checkpoint on this machine. None by default.
 _allowed: list[str] = env.list("LOCAL_DATA_DIRS", [])
 LOCAL_DATA_DIRS = [Path(folder).resolve() for folder in _allowed]
+#: Whether all users may train on what the operator's Hugging Face token opens, private repositories among it.
+SHARE_HF_TOKEN = env.bool("SHARE_HF_TOKEN", False)
 #: Text files that users sent: UPLOADS_DIR / user id / hash of the content / file name. Each user sees their own alone.
 UPLOADS_DIR = VAR / "uploads"
 MAX_UPLOAD_MB = env.int("MAX_UPLOAD_MB", 100)

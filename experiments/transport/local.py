@@ -18,7 +18,14 @@ from experiments.transport.base import Frame, Outcome, Status
 from trainer import agent
 
 #: What a trainer must not inherit: it runs other people's data, and has no use for the site's secrets.
-_SECRET = re.compile(r"SECRET|PASSWORD|^DATABASE_URL$|^REDIS_URL$|^EMAIL|^DJANGO_|^RQ_|^CREDENTIAL", re.IGNORECASE)
+_SECRET = re.compile(
+    r"SECRET|PASSW|CREDENTIAL|(^|_)TOKEN(_|$)|API_?KEY|_KEY$|_DSN$|^DATABASE_URL$|^REDIS_URL$|^EMAIL|^DJANGO_|^RQ_|^AWS_"
+    r"|^SSH_",
+    re.IGNORECASE,
+)
+
+#: What names the operator's token of the Hugging Face Hub.
+_HF_TOKEN = ("HF_TOKEN", "HF_TOKEN_PATH", "HUGGING_FACE_HUB_TOKEN")
 
 #: In an experiment's directory whose removal has begun.
 _REMOVED = ".removed"
@@ -42,6 +49,10 @@ class Local:
         env = {name: value for name, value in os.environ.items() if not _SECRET.search(name)}
         env["KANGAROO_THREADS"] = str(max(1, settings.CORES // max(1, self.host.slots)))
         env["KANGAROO_DATA_CACHE"] = str(settings.DATA_CACHE)
+        if settings.SHARE_HF_TOKEN:
+            env |= {name: os.environ[name] for name in _HF_TOKEN if name in os.environ}
+        else:  # nor the one that `hf auth login` left in a file: it opens the operator's private repositories to all
+            env["HF_HUB_DISABLE_IMPLICIT_TOKEN"] = "1"  # noqa: S105
         if self.host.slots > 1:
             env["OMP_WAIT_POLICY"] = "passive"  # threads that spin while waiting would take the other run's cores
         return env

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from django.contrib import admin
+from django.db import connection
 from django.test import Client
 
 from accounts.models import User
+from experiments import jobs
 from experiments.models import Experiment, ModelRun, Point, State
 from tests.experiments.factories import add_note, make_experiment, make_user
 
@@ -185,6 +187,35 @@ def test_many_experiments_are_deleted_in_the_same_way(
         root.post("/admin/experiments/experiment/", data)
     assert not Experiment.objects.exists()
     assert not any(experiment.directory.exists() for experiment in experiments)
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_deletion_waits_for_the_broker_only_after_its_transaction(
+    root: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside: list[bool] = []
+    monkeypatch.setattr(jobs, "_forget", lambda run: inside.append(connection.in_atomic_block))
+    experiment = make_experiment(make_user(), points=0)
+    root.post(f"/admin/experiments/experiment/{experiment.pk}/delete/", {"post": "yes"})
+    assert inside == [False] * 3
+
+
+def _admin_paths(patterns: Any = None, before: str = "/admin/") -> Iterator[str]:
+    for pattern in admin.site.get_urls() if patterns is None else patterns:
+        path = before + re.sub(r"<(path|int|uuid):.*?>|<.*?>|\(\?P.*?\)", "1", str(pattern.pattern)).strip("^$")
+        if hasattr(pattern, "url_patterns"):
+            yield from _admin_paths(pattern.url_patterns, path)
+        else:
+            yield path
+
+
+@pytest.mark.parametrize("path", sorted(set(_admin_paths()) - {"/admin/logout/", "/admin/login/"}))
+def test_nothing_of_the_admin_answers_to_an_ordinary_account(client: Client, path: str) -> None:
+    client.force_login(make_user())
+    for answer in (client.get(path), client.post(path)):
+        assert answer.status_code in (301, 302, 401, 403, 404)
+        if answer.status_code in (301, 302):
+            assert re.match(r"/admin/login/|/accounts/login/|/admin/", answer["Location"])
 
 
 def test_people_are_found_made_and_deleted(root: Client) -> None:

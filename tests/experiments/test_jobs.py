@@ -69,6 +69,9 @@ def test_the_trainer_gets_its_share_of_the_cores_and_no_secrets(live: Live, monk
     monkeypatch.setenv("DATABASE_URL", "postgres://user:password@db.example/x")
     monkeypatch.setenv("REDIS_URL", "redis://:password@redis.example")
     monkeypatch.setenv("HF_HOME", "/models")
+    more = ("HF_TOKEN", "AWS_ACCESS_KEY_ID", "GITHUB_TOKEN", "SENTRY_DSN", "OPENAI_API_KEY", "PGPASSWORD")
+    for name in (*more, "TOKENIZERS_PARALLELISM"):
+        monkeypatch.setenv(name, "x")
     run = jobs.create(None, a_spec(models=("small",))).runs.get()
     Host.objects.update(slots=4)
     jobs.follow(run.pk, run.attempt)  # in this very process
@@ -77,7 +80,19 @@ def test_the_trainer_gets_its_share_of_the_cores_and_no_secrets(live: Live, monk
     seen = json.loads(run.notes.get(kind="started").data["versions"]["environment"])
     assert {"HF_HOME", "KANGAROO_ATTEMPT", "KANGAROO_DATA_CACHE", "OMP_WAIT_POLICY", "PATH"} <= set(seen)
     assert not {"SECRET_KEY", "DATABASE_URL", "REDIS_URL", "EMAIL_URL", "DJANGO_SETTINGS_MODULE"} & set(seen)
+    assert not set(more) & set(seen)
+    assert {"TOKENIZERS_PARALLELISM", "HF_HUB_DISABLE_IMPLICIT_TOKEN"} <= set(seen)
     assert run.prepared["threads"] == 2
+
+
+def test_the_operator_may_share_the_hubs_token_with_the_trainers(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "SHARE_HF_TOKEN", True)
+    monkeypatch.setenv("HF_TOKEN", "x")
+    run = jobs.create(None, a_spec(models=("small",))).runs.get()
+    jobs.follow(run.pk, run.attempt)
+    seen = json.loads(run.notes.get(kind="started").data["versions"]["environment"])
+    assert "HF_TOKEN" in seen
+    assert "HF_HUB_DISABLE_IMPLICIT_TOKEN" not in seen
 
 
 # The ways a run can fail ----------------------------------------------------------------------------------------------
