@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import shutil
 import time
 from collections.abc import Callable, Iterable
 from datetime import timedelta
@@ -192,6 +193,12 @@ def _check_limits(owner: User, more: int) -> None:
         raise LimitReached(
             f"This would make {active + more} models waiting or training at once; {most} are allowed. "
             "Wait until some have finished, or stop them."
+        )
+    free, least = shutil.disk_usage(settings.VAR).free / 1e9, settings.MIN_FREE_DISK_GB
+    if free < least:
+        raise LimitReached(
+            f"The disk of this site has {free:.1f} GB left; below {least:g} GB nothing new is begun. Delete what is "
+            "no longer needed, or tell the administrator."
         )
     used, disk = runs.aggregate(Sum("disk_bytes"))["disk_bytes__sum"] or 0, settings.MAX_DISK_GB_PER_USER
     if disk and used >= disk * 10**9:

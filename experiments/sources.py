@@ -15,6 +15,7 @@ import io
 import json
 import math
 import re
+import shutil
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
@@ -191,6 +192,9 @@ def keep_upload(file: UploadedFile[Any], user: User) -> str:
                 f"with it your uploads take {used / 1e9:.1f} GB; at most {settings.MAX_DISK_GB_PER_USER} GB may be kept"
             )
         target.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(target.parent).free - (file.size or 0)
+        if free < settings.MIN_FREE_DISK_GB * 1e9:
+            raise ValidationError("this site's disk is nearly full: nothing more can be kept; tell the administrator")
         _write(file, target)
     return str(relative)
 

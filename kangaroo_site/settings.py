@@ -241,6 +241,10 @@ LOCAL_SLOTS = env.int("LOCAL_SLOTS", min(2, CORES))
 #: Limits a user, guests included, may not pass. 0: none.
 MAX_ACTIVE_RUNS_PER_USER = env.int("MAX_ACTIVE_RUNS_PER_USER", 30)
 MAX_DISK_GB_PER_USER = env.int("MAX_DISK_GB_PER_USER", 50)
+#: The most text that one experiment may be trained on, from wherever it comes. 0: any.
+MAX_TEXT_GB = env.float("MAX_TEXT_GB", 20.0)
+#: With less room than this left, nothing new is taken on. 0: no matter.
+MIN_FREE_DISK_GB = env.float("MIN_FREE_DISK_GB", 1.0)
 
 # Log to standard error, which the supervisor passes through -----------------------------------------------------------
 LOGGING = {

@@ -58,6 +58,9 @@ TABLE_FILES = {".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 #: Columns taken for the text when none is named, in this order.
 TEXT_COLUMNS = ("text", "content", "document", "body", "sentence")
 
+#: Names the environment's variable with the most text that may be prepared, in GB (1e9 bytes of UTF-8); unset: any.
+MAX_TEXT_GB = "KANGAROO_MAX_TEXT_GB"
+
 #: Readers of `datasets` that may read a Hub dataset's files, by name; the last one reads what was fetched before.
 HUB_READERS = ("parquet", "json", "csv", "text", "arrow", "cache")
 
@@ -301,8 +304,11 @@ class _Scan:
 def _scan(documents: _Documents, report: Report) -> _Scan:
     keys, sizes, own = array("Q"), array("Q"), array("B")
     whole = hashlib.blake2b(digest_size=32)
+    n_bytes = 0
     for text, split in documents:
         content = text.encode()
+        n_bytes += len(content)
+        _check_size(documents.data, n_bytes)  # a small parquet file may hold any amount of text
         digest = hashlib.blake2b(content, digest_size=32, key=SALT).digest()
         whole.update(digest)
         keys.append(int.from_bytes(digest[:8], "big"))
@@ -312,6 +318,12 @@ def _scan(documents: _Documents, report: Report) -> _Scan:
             report("reading documents", len(keys), None)
     report("reading documents", len(keys), len(keys))
     return _Scan(np.array(keys, np.uint64), np.array(sizes, np.uint64), np.array(own, np.uint8), whole.digest())
+
+
+def _check_size(data: DataSpec, n_bytes: int) -> None:
+    most = float(os.environ.get(MAX_TEXT_GB) or 0)
+    if most and n_bytes > most * 1e9:
+        raise DataError(f"{data.source} has more than {most:g} GB of text, the most that may be trained on here.")
 
 
 def assign(
@@ -579,6 +591,8 @@ def _load_from_hub(data: DataSpec) -> Any:
     try:
         builder = datasets.load_dataset_builder(f"hf://datasets/{data.source}", data.config)
         _check_from_hub(builder, asked)
+        if os.environ.get(MAX_TEXT_GB):
+            _check_size(data, _download_size(builder))
         builder.download_and_prepare()
         return builder.as_dataset()
     except DataError:
@@ -605,6 +619,15 @@ def _check_from_hub(builder: Any, asked: str) -> None:
             # "zip://name::hf://..." is a file in an archive: what counts is where the archive is.
             if not str(file).rpartition("::")[2].startswith("hf://datasets/"):
                 raise DataError(f"The dataset {asked} leads to {file}, which is not on the Hub.")
+
+
+def _download_size(builder: Any) -> int:
+    """Bytes of a Hub dataset's files; 0 where they are here already."""
+    from huggingface_hub import HfFileSystem
+
+    hub = HfFileSystem()
+    files = {str(file).rpartition("::")[2] for files in (builder.config.data_files or {}).values() for file in files}
+    return sum(int(hub.info(file)["size"] or 0) for file in files)
 
 
 def pieces_of(text: str, size: int) -> Iterator[str]:

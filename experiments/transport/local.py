@@ -49,6 +49,7 @@ class Local:
         env = {name: value for name, value in os.environ.items() if not _SECRET.search(name)}
         env["KANGAROO_THREADS"] = str(max(1, settings.CORES // max(1, self.host.slots)))
         env["KANGAROO_DATA_CACHE"] = str(settings.DATA_CACHE)
+        env["KANGAROO_MAX_TEXT_GB"] = str(settings.MAX_TEXT_GB)
         if settings.SHARE_HF_TOKEN:
             env |= {name: os.environ[name] for name in _HF_TOKEN if name in os.environ}
         else:  # nor the one that `hf auth login` left in a file: it opens the operator's private repositories to all

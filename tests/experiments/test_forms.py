@@ -540,6 +540,12 @@ def test_more_than_a_users_share_of_the_disk_is_refused(user: User, settings: An
     assert "GB" in str(upload(user, a_file()).errors["upload"])
 
 
+def test_nothing_is_kept_on_a_disk_that_is_nearly_full(user: User, settings: Any) -> None:
+    settings.MIN_FREE_DISK_GB = 1e9
+    assert "disk is nearly full" in str(upload(user, a_file()).errors["upload"])
+    assert [f for f in settings.UPLOADS_DIR.rglob("*") if f.is_file()] == []
+
+
 @pytest.mark.parametrize(
     ("name", "content"), [("t.csv", b"title,body\n1,2\n"), ("t.jsonl", b'{"title": "a", "body": "b"}\n')]
 )

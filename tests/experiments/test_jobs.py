@@ -81,7 +81,7 @@ def test_the_trainer_gets_its_share_of_the_cores_and_no_secrets(live: Live, monk
     assert {"HF_HOME", "KANGAROO_ATTEMPT", "KANGAROO_DATA_CACHE", "OMP_WAIT_POLICY", "PATH"} <= set(seen)
     assert not {"SECRET_KEY", "DATABASE_URL", "REDIS_URL", "EMAIL_URL", "DJANGO_SETTINGS_MODULE"} & set(seen)
     assert not set(more) & set(seen)
-    assert {"TOKENIZERS_PARALLELISM", "HF_HUB_DISABLE_IMPLICIT_TOKEN"} <= set(seen)
+    assert {"TOKENIZERS_PARALLELISM", "KANGAROO_MAX_TEXT_GB", "HF_HUB_DISABLE_IMPLICIT_TOKEN"} <= set(seen)
     assert run.prepared["threads"] == 2
 
 
@@ -411,6 +411,16 @@ def test_a_user_cannot_take_more_disk_than_allowed(queue: Any, monkeypatch: pyte
         jobs.create(owner, a_spec())
     jobs.delete(experiment)
     jobs.create(owner, a_spec())
+
+
+def test_nothing_new_is_begun_on_a_disk_that_is_nearly_full(queue: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner = User.objects.create_user("ada@example.org", "correct horse")
+    mine = jobs.create(owner, a_spec())
+    jobs.request_stop(mine)
+    monkeypatch.setattr(settings, "MIN_FREE_DISK_GB", 1e9)
+    for begin in (lambda: jobs.create(owner, a_spec()), lambda: jobs.resume(mine)):
+        with pytest.raises(jobs.LimitReached, match=r"GB left; below 1e\+09 GB nothing new is begun"):
+            begin()
 
 
 # States ---------------------------------------------------------------------------------------------------------------

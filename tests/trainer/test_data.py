@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.trainer.hub import hub
 from tests.trainer.texts import CORPORA, write_modules
 from trainer.data import SPLITS, Prepared, _check_from_hub, assign, pieces_of, prepare, text_column
 from trainer.endings import DataError
@@ -316,6 +318,66 @@ def test_sources_that_are_not_there_or_not_text_are_named(tmp_path: Path) -> Non
 def test_a_hub_that_cannot_be_reached_is_said_in_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"The dataset 'no/such' \(config 'raw'\) cannot be loaded from the Hub: "):
         prepare(data("no/such", config="raw"), tmp_path)
+
+
+def from_hub(tmp_path: Path, files: dict[str, bytes], **environment: str) -> tuple[str, set[str]]:
+    """What a process says that prepares these files of a dataset on the Hub, and those that it fetched."""
+    code = """if True:
+        import sys
+        from pathlib import Path
+        from trainer.data import prepare
+        from trainer.endings import DataError
+        from trainer.spec import DataSpec
+        try:
+            print(prepare(DataSpec(source="some/one"), Path(sys.argv[1])).train.n_documents)
+        except DataError as error:
+            print(error)
+    """
+    fetched: set[str] = set()
+    with hub(files, fetched) as address:
+        environment = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"} | environment
+        command = [sys.executable, "-c", code, str(tmp_path / "cache")]
+        said = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, check=True).stdout
+    return said.strip(), fetched
+
+
+LINES = {"lines.txt": "".join(f"line {i} of it\n" for i in range(300)).encode()}
+
+
+def test_a_dataset_of_the_hub_is_fetched_and_split(tmp_path: Path) -> None:
+    said, fetched = from_hub(tmp_path, LINES)
+    assert 200 < int(said) < 300
+    assert "lines.txt" in fetched
+
+
+def test_a_dataset_of_the_hub_that_is_larger_than_allowed_is_not_even_fetched(tmp_path: Path) -> None:
+    said, fetched = from_hub(tmp_path, LINES, KANGAROO_MAX_TEXT_GB="1e-6")
+    assert said == "some/one has more than 1e-06 GB of text, the most that may be trained on here."
+    assert "lines.txt" not in fetched
+
+
+@pytest.mark.parametrize("target", ["{folder}/secret.txt", "file://{folder}/secret.txt", "http://127.0.0.1:1/x.txt"])
+def test_the_card_of_a_hub_dataset_cannot_lead_to_this_machine(tmp_path: Path, target: str) -> None:
+    (tmp_path / "secret.txt").write_text("a secret\n" * 100)
+    card = f"---\nconfigs:\n- config_name: default\n  data_files: {target.format(folder=tmp_path)}\n---\n"
+    said, _ = from_hub(tmp_path, LINES | {"README.md": card.encode()})
+    assert re.search(r"cannot be loaded from the Hub|which is not on the Hub", said)
+
+
+def test_a_small_parquet_file_with_more_text_than_allowed_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"text": ["the same again " * 1000] * 5000}), tmp_path / "bomb.parquet")
+    assert (tmp_path / "bomb.parquet").stat().st_size < 100_000
+    monkeypatch.setenv("KANGAROO_MAX_TEXT_GB", "0.01")
+    with pytest.raises(DataError, match=r"bomb.parquet has more than 0.01 GB of text"):
+        prepare(data(tmp_path / "bomb.parquet"), tmp_path / "cache")
+    monkeypatch.setenv("KANGAROO_MAX_TEXT_GB", "0.1")
+    with pytest.raises(DataError, match="too short"):  # all of it is one text
+        prepare(data(tmp_path / "bomb.parquet"), tmp_path / "cache")
 
 
 @pytest.mark.parametrize("name", ["text", "pandas", "mine", "some/one"])
