@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from urllib.parse import urlencode
 
 import pytest
 from allauth.account.models import EmailAddress
@@ -217,3 +218,21 @@ def test_a_name_is_changed_and_shown(signed_in: Client, ada: User) -> None:
 def test_the_account_page_asks_a_stranger_to_sign_in(client: Client) -> None:
     assert client.get("/accounts/settings/").url == "/accounts/login/?next=/accounts/settings/"  # type: ignore[attr-defined]
     assert client.get("/accounts/delete/").url == "/accounts/login/?next=/accounts/delete/"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["https://evil.example/", "//evil.example", "/\\evil.example", "http:evil.example", "javascript:alert(1)"],
+)
+def test_no_link_to_sign_in_sign_up_or_out_leads_to_another_site(ada: User, address: str) -> None:
+    for path, form in {
+        "login": {"login": ada.email, "password": PASSWORD},
+        "signup": SIGN_UP,
+        "logout": {},
+    }.items():
+        client = Client()
+        if path == "logout":
+            client.force_login(ada)
+        response = client.post(f"/accounts/{path}/?{urlencode({'next': address})}", form | {"next": address})
+        assert response.status_code == 302
+        assert response["Location"] in ("/profile/", "/")

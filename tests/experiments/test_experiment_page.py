@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 from django.core.signals import request_finished
-from django.db import close_old_connections
+from django.db import close_old_connections, connection
 from django.test import Client
+from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
 from accounts.models import User
@@ -551,6 +552,19 @@ def test_an_administrator_may_change_what_belongs_to_nobody(client: Client) -> N
     client.force_login(make_user("root@example.org", is_staff=True))
     experiment = make_experiment(None, is_public=True, points=0)
     assert client.post(f"{experiment.get_absolute_url()}edit/", {"name": "Renamed"}).status_code == 302
+
+
+@pytest.mark.parametrize(
+    "part", ["", "metrics.json", "metrics.csv", "spec.json", "scaled/log/", "scaled/checkpoint/model/", "?delete"]
+)
+def test_looking_changes_nothing(client: Client, ada: User, part: str) -> None:
+    experiment = make_experiment(ada, points=5)
+    write_files(experiment)
+    with CaptureQueriesContext(connection) as queries:
+        answer = client.get(f"{experiment.get_absolute_url()}{part}")
+        assert answer.status_code == 200
+        b"".join(answer)
+    assert not [query["sql"] for query in queries if not query["sql"].startswith("SELECT")]
 
 
 @pytest.mark.parametrize("part", ACTIONS)

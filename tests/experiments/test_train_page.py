@@ -342,6 +342,14 @@ def test_a_file_as_large_as_may_be_uploaded_is_taken_whole(client: Client, setti
     assert Path(Experiment.objects.get().spec.data.source).stat().st_size == 3_000_000
 
 
+@pytest.mark.parametrize("path", [TRAIN, "/train/estimate/"])
+def test_no_other_site_can_send_the_form_for_somebody(path: str) -> None:
+    stranger = Client(enforce_csrf_checks=True)
+    stranger.force_login(make_user())
+    assert stranger.post(path, first_look()).status_code == 403
+    assert not Experiment.objects.exists()
+
+
 # The sheet ------------------------------------------------------------------------------------------------------------
 
 
