@@ -520,8 +520,10 @@ def reconcile() -> None:
     _sweep()
     if cache.add("guests-purged", True, 24 * 3600):
         from accounts import guests
+        from experiments import textcache
 
         guests.purge()
+        textcache.sweep()
 
 
 def _active(state: State) -> Any:

@@ -223,6 +223,8 @@ STORAGES = {
 RUNS_DIR = VAR / "experiments"
 #: Tokenised corpora, shared by all runs.
 DATA_CACHE = VAR / "data"
+#: Those that no run has used for so many days are removed, and prepared again when they are wanted. 0: never.
+DATA_CACHE_DAYS = env.int("DATA_CACHE_DAYS", 30)
 #: Folders whose files any user may name as a dataset or checkpoint on this machine. None by default.
 _allowed: list[str] = env.list("LOCAL_DATA_DIRS", [])
 LOCAL_DATA_DIRS = [Path(folder).resolve() for folder in _allowed]

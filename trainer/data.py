@@ -21,6 +21,7 @@ the end-of-text token.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -143,7 +144,10 @@ def prepare(data: DataSpec, cache: Path, report: Report = lambda what, done, tot
 def _cached(index: Path, cache: Path) -> Prepared | None:
     try:
         folder = cache / json.loads(index.read_text())["fingerprint"]
-        return _load(folder)
+        found = _load(folder)
+        with contextlib.suppress(OSError):  # a cache may be read-only
+            os.utime(folder / "prepared.json")  # the day it was last used, for whoever clears up
+        return found
     except (FileNotFoundError, ValueError, KeyError):
         return None
 
