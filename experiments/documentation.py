@@ -73,7 +73,9 @@ def _fit_in(tokens: list[Token]) -> None:
         token.attrs.pop("style", None)
         if token.type == "table_open":
             token.attrJoin("class", "table table-scroll")
-        if token.type in ("table_open", "fence", "code_block"):
+        if token.type == "code_block":
+            token.type = "fence"  # the renderer puts a fence's attributes on <code>, where it scrolls
+        if token.type in ("table_open", "fence"):
             token.attrSet("tabindex", "0")  # wide ones scroll, which the keyboard must be able to do
         for child in token.children or []:
             if child.type == "link_open":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,16 +37,17 @@ for run in ModelRun.objects.filter(experiment="{pk}"):
 END = """
 from experiments.models import *
 from django.utils import timezone
-for run in ModelRun.objects.filter(experiment="{pk}"):
+for run in ModelRun.objects.filter(experiment="{pk}", state="running"):
     run.move("succeeded", "finished", ended_at=timezone.now())
 """
 
 
 @pytest.fixture
-def running(site: Site, context: BrowserContext) -> str:
+def running(site: Site, context: BrowserContext) -> Iterator[str]:
     pk, session = json.loads(site.manage("shell", "-v0", "-c", MAKE).strip().splitlines()[-1])
     context.add_cookies([{"name": "sessionid", "value": session, "url": site.url}])
-    return str(pk)
+    yield str(pk)
+    site.manage("shell", "-v0", "-c", END.format(pk=pk))  # or it would hold a place that later tests wait for
 
 
 def drag(page: Page) -> None:
