@@ -192,6 +192,8 @@ def _supervise(directory: Path, attempt: int, lock: int, ready: int) -> None:
         _write(directory / "exit.json", _exit(directory, attempt, 127, False))
         os.write(ready, b"1")
         return
+    with contextlib.suppress(OSError):  # where memory runs out, what can be resumed goes before what serves the site
+        Path(f"/proc/{trainer.pid}/oom_score_adj").write_text("500")
     record["trainer"] = identity(trainer.pid)
     _write(directory / "process.json", record)
     os.write(ready, b"1")

@@ -6,6 +6,9 @@ import errno
 import traceback
 from typing import Any
 
+#: Characters of a message.
+LONGEST = 2000
+
 
 class Diverged(Exception):
     """The loss or its gradient is no longer a number."""
@@ -55,6 +58,8 @@ def ending(error: BaseException, step: int | None) -> dict[str, Any]:
 
 
 def _failed(reason: str, message: str, step: int | None) -> dict[str, Any]:
+    if len(message) > LONGEST:  # a file may have a million columns, and a page shows all that is said
+        message = message[:LONGEST] + " …"
     return {"kind": "failed", "reason": reason, "message": message, "step": step}
 
 

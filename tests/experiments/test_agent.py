@@ -67,6 +67,15 @@ def test_a_trainer_runs_in_a_session_of_its_own_and_ends_well(directory: Path) -
     assert kinds(directory)[-1] == "finished"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can be told whom to kill first")
+def test_where_memory_runs_out_the_trainer_goes_first(directory: Path) -> None:
+    want(directory, steps=200)
+    agent.start(directory, 1)
+    trainer, supervisor = agent.status(directory)["pid"], process(directory)["supervisor"]["pid"]
+    assert Path(f"/proc/{trainer}/oom_score_adj").read_text().strip() == "500"
+    assert int(Path(f"/proc/{supervisor}/oom_score_adj").read_text()) < 500
+
+
 def test_starting_twice_starts_once(directory: Path) -> None:
     want(directory, steps=200)
     outcomes: list[str] = []

@@ -417,6 +417,16 @@ def test_a_full_disk_is_recognised() -> None:
     assert said["message"] == "The disk is full: [Errno 28] No space left on device"
 
 
+def test_a_table_of_endless_columns_is_refused_in_few_words(tmp_path: Path, text: Path, go: Any) -> None:
+    (tmp_path / "wide.csv").write_text(",".join(f"c{i}" for i in range(5000)) + "\n" + ",".join(["x"] * 5000) + "\n")
+    held = experiment(text).model_dump(mode="json")
+    held["data"]["source"] = str(tmp_path / "wide.csv")
+    failed = go(parse_spec(held), "small", tmp_path / "run")[-1]
+    assert failed.reason == "bad_data"
+    assert failed.message.startswith("Which column of ")
+    assert len(failed.message) < 2100
+
+
 def test_memory_that_is_not_there_is_recognised() -> None:
     import torch
 
