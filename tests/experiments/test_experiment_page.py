@@ -9,6 +9,7 @@ import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from django.core.signals import request_finished
@@ -565,6 +566,42 @@ def test_looking_changes_nothing(client: Client, ada: User, part: str) -> None:
         assert answer.status_code == 200
         b"".join(answer)
     assert not [query["sql"] for query in queries if not query["sql"].startswith("SELECT")]
+
+
+def test_nothing_that_people_or_trainers_write_becomes_markup(client: Client, ada: User) -> None:
+    hostile = """<img src=x onerror=alert(1)>'"><script>alert(1)</script><a hx-get=/x hx-trigger=load>{{ 7|add:7 }}"""
+    spec = make_spec()
+    spec["data"] |= {"config": hostile, "text_column": hostile}
+    experiment = make_experiment(ada, points=5)
+    experiment.name, experiment.notes, experiment.spec_json = hostile[:120], hostile, spec
+    experiment.save()
+    experiment.runs.update(
+        detail=hostile, state=State.FAILED, prepared={"device_name": hostile, "versions": {"x": hostile}}
+    )
+    run = experiment.runs.get(name="scaled")
+    add_note(run, "sample", step=400, prompt=hostile, text=hostile)
+    add_note(run, "warning", message=hostile)
+    (write_files(experiment) / "log.txt").write_text(hostile)
+    ada.name = hostile[:120]
+    ada.is_staff = ada.is_superuser = True
+    ada.save()
+    for path in (
+        experiment.get_absolute_url(),
+        f"{experiment.get_absolute_url()}?delete",
+        f"{experiment.get_absolute_url()}?seen=head:x",
+        "/profile/",
+        f"/train/?from={experiment.pk}",
+        f"/profile/?q={quote(hostile)}",
+        f"/admin/experiments/experiment/{experiment.pk}/change/",
+        f"/admin/experiments/modelrun/{run.pk}/change/",
+        f"/admin/experiments/modelrun/?q={quote(hostile)}",
+    ):
+        html = client.get(path).content.decode()
+        assert "onerror" in html, path
+        assert not re.search(r"<img src=x|<script>alert|<a hx-get=/x|[^&;]'\"><script", html), path
+        assert "14" not in re.findall(r"hx-trigger=load&gt;(..)", html), path
+    client.post(f"{experiment.get_absolute_url()}delete/")
+    assert "<img src=x" not in client.get("/profile/").content.decode()
 
 
 @pytest.mark.parametrize("part", ACTIONS)
