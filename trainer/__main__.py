@@ -218,8 +218,8 @@ def _set_threads(threads: int) -> None:
     """Before torch and its libraries are loaded: afterwards it is too late for some of them."""
     for variable in THREAD_VARIABLES:
         os.environ[variable] = str(threads)
-    # How long a thread that waits for the others spins before it sleeps. By default so long that, where anyone else uses
-    # the cores, a step takes ten times as long: 4 to 6 s instead of 0.5 s, two threads on two busy cores.
+    # How long a thread that waits for the others spins before it sleeps. By default so long that, where anyone else
+    # uses the cores, a step takes ten times as long: 4 to 6 s instead of 0.5 s, two threads on two busy cores.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
@@ -258,7 +258,8 @@ def _grow(given: argparse.Namespace) -> int:
     from trainer.families import FamilyError, family_of, read_config
     from trainer.growth import GrowthError, plan, resolve_shape
     from trainer.growth.apply import SourceError, grow_checkpoint
-    from trainer.spec import GrowInit, problems_of
+    from trainer.shape import GrowInit
+    from trainer.spec import problems_of
 
     try:
         config = read_config(given.source)

@@ -21,8 +21,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     ValidationError,
     ValidationInfo,
@@ -31,9 +29,11 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from trainer.families import get_family
+from trainer.growth import GrowthError, check
+from trainer.shape import Dimension, GrowInit, Init, RandomInit, Shape, Spec
+
 FamilyName = Literal["gpt2", "llama"]
-WidthRule = Literal["random_pad", "duplicate"]
-DepthRule = Literal["append_random", "stack", "interleave", "identity"]
 Schedule = Literal["cosine", "linear", "constant"]
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -43,9 +43,6 @@ BUILT_IN_SOURCE = "python-stdlib"
 #: A model's name is also its folder, so it is kept to letters that are safe everywhere.
 MODEL_NAME = r"^[a-z][a-z0-9_-]{0,31}$"
 
-#: Limits far above any model that exists, so that no spec makes a count or a plan run for ever.
-Dimension = Annotated[int, Field(ge=1, le=1_000_000)]
-Layers = Annotated[int, Field(ge=1, le=2_000)]
 PositiveInt = Annotated[int, Field(ge=1, le=2_000_000_000)]
 
 
@@ -89,72 +86,14 @@ class SpecError(ValueError):
         super().__init__("\n".join(map(str, problems)))
 
 
-class _Spec(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Shape(_Spec):
-    """The dimensions of a transformer.
-
-    d_model      width of the residual stream          n_heads     attention (query) heads
-    d_mlp        width of the MLP's hidden layer       n_kv_heads  key/value heads; null: as many as n_heads
-    d_head       width of one head                     n_layers    blocks
-    """
-
-    d_model: Dimension
-    n_heads: Dimension
-    n_kv_heads: Dimension | None = None
-    d_head: Dimension
-    d_mlp: Dimension
-    n_layers: Layers
-    layer_norm_eps: Annotated[float, Field(gt=0, lt=0.1)] = 1e-5
-
-    @property
-    def kv_heads(self) -> int:
-        return self.n_kv_heads or self.n_heads
-
-
-class RandomInit(_Spec):
-    """Every matrix from N(0, init_range), biases zero, norm gains one."""
-
-    kind: Literal["random"] = "random"
-    init_range: Annotated[float, Field(gt=0, le=1)] = 0.02
-
-
-class CheckpointInit(_Spec):
-    """A pre-trained checkpoint: a Hugging Face folder (safetensors; see :func:`is_path`) or a name on the Hub."""
-
-    kind: Literal["checkpoint"] = "checkpoint"
-    path: Annotated[str, Field(min_length=1)]
-
-
-class GrowInit(_Spec):
-    """Weights grown from `parent`, another model of the experiment, by a width rule and a depth rule.
-
-    What a pair really preserves depends on the shapes; :func:`trainer.growth.plan` computes it. `init_range` is the
-    spread of entries that are drawn at random; `noise` is what `duplicate` adds where it cannot be seen, against the
-    size of the copied weights, so that copies do not stay alike for ever.
-    """
-
-    kind: Literal["grow"] = "grow"
-    parent: str
-    width: WidthRule = "duplicate"
-    depth: DepthRule = "identity"
-    init_range: Annotated[float, Field(gt=0, le=1)] = 0.02
-    noise: Annotated[float, Field(ge=0, le=10)] = 1.0
-
-
-Init = Annotated[RandomInit | CheckpointInit | GrowInit, Field(discriminator="kind")]
-
-
-class BpeTokenizer(_Spec):
+class BpeTokenizer(Spec):
     """A byte-level BPE trained on the training split."""
 
     kind: Literal["bpe"] = "bpe"
     d_vocab: Annotated[int, Field(ge=260, le=262_144)] = 4096
 
 
-class PretrainedTokenizer(_Spec):
+class PretrainedTokenizer(Spec):
     """A tokenizer by Hub name or folder (see :func:`is_path`).
 
     `d_vocab` is only needed to count parameters before it was fetched.
@@ -168,7 +107,7 @@ class PretrainedTokenizer(_Spec):
 Tokenizer = Annotated[BpeTokenizer | PretrainedTokenizer, Field(discriminator="kind")]
 
 
-class DataSpec(_Spec):
+class DataSpec(Spec):
     """Where the text comes from and how it becomes tokens.
 
     `source` is `python-stdlib`, a file or folder (txt, md, py, jsonl, csv, parquet; written with a leading `/`, `./`,
@@ -190,7 +129,7 @@ class DataSpec(_Spec):
         return "local" if is_path(self.source) else "hub"
 
 
-class TrainSpec(_Spec):
+class TrainSpec(Spec):
     """How a model is trained. Training ends at `max_steps` or after `num_epochs`, whichever comes first.
 
     One step sees batch_size x n_ctx tokens. AdamW; weight decay on matrices only; linear warm-up to `lr`, then
@@ -235,7 +174,7 @@ class TrainSpec(_Spec):
 OVERRIDABLE = frozenset(TrainSpec.model_fields) - {"n_ctx", "batch_size", "precision"}
 
 
-class ModelSpec(_Spec):
+class ModelSpec(Spec):
     """One model of an experiment. `shape` may be left out for a checkpoint, whose config gives it."""
 
     family: FamilyName = "llama"
@@ -261,8 +200,6 @@ class ModelSpec(_Spec):
             if self.init.kind != "checkpoint":
                 raise _error("shape", "a shape is needed unless the model is read from a checkpoint")
             return self
-        from trainer.families import get_family
-
         for field, message in get_family(self.family).problems(self.shape):
             raise _error(f"shape.{field}", message, getattr(self.shape, field))
         return self
@@ -272,7 +209,7 @@ class ModelSpec(_Spec):
         return self.init.parent if isinstance(self.init, GrowInit) else None
 
 
-class ExperimentSpec(_Spec):
+class ExperimentSpec(Spec):
     """One question: a set of models, trained on the same batches of the same text, to be compared."""
 
     name: Annotated[str, Field(min_length=1, max_length=120)]
@@ -327,8 +264,6 @@ class ExperimentSpec(_Spec):
             raise _error(f"{at}.tie_embeddings", f"must be its parent's, {parent.tie_embeddings}", model.tie_embeddings)
         if parent.shape is None or model.shape is None:
             return  # known only once the checkpoint is read; the trainer checks again then
-        from trainer.growth import GrowthError, check
-
         assert isinstance(model.init, GrowInit)
         try:
             check(model.family, parent.shape, model.shape, model.init)
@@ -396,6 +331,11 @@ def _located(item: Any) -> Iterator[Any]:
         yield context["value"]
         yield context["message"]
         return
+    if item["type"] == "union_tag_invalid":
+        yield ".".join([*parts, "kind"])
+        yield context["tag"]
+        yield f"must be {context['expected_tags']}"
+        return
     yield ".".join(parts) or "spec"
     yield item["input"] if item["type"] != "missing" else None
     yield _MESSAGES.get(item["type"], lambda c, m: m)(context, item["msg"])
@@ -417,7 +357,6 @@ _MESSAGES: dict[str, Any] = {
     "less_than_equal": lambda c, m: f"must be at most {c['le']}",
     "less_than": lambda c, m: f"must be less than {c['lt']}",
     "literal_error": lambda c, m: f"must be {c['expected']}",
-    "union_tag_invalid": lambda c, m: f"must be {c['expected_tags']}",
     "union_tag_not_found": lambda c, m: "needs a kind",
     "string_too_short": lambda c, m: "must not be empty",
     "string_too_long": lambda c, m: f"must have at most {c['max_length']} characters",
