@@ -21,12 +21,8 @@ from experiments.templatetags.figures import filesize_short, percent
 from experiments.values import document_of
 from trainer.budget import ModelBudget, sheet
 from trainer.growth import OPERATORS, GrowthError, check, plan
-from trainer.spec import (
-    DataSpec,
-    ExperimentSpec,
-    GrowInit,
-    ModelSpec,
-)
+from trainer.shape import GrowInit
+from trainer.spec import DataSpec, ExperimentSpec, ModelSpec
 
 #: Training FLOPs per second of one core before anything was measured: what small models reach on an old laptop's.
 GUESSED_FLOPS_PER_CORE = 2e10

@@ -25,15 +25,7 @@ from experiments.models import Experiment
 from experiments.values import DIMENSIONS, TRAIN_FIELDS, document_of, field_of, set_aside
 from trainer.families import FamilyError, family_of, get_family, read_config
 from trainer.growth import OPERATORS
-from trainer.spec import (
-    ExperimentSpec,
-    FamilyName,
-    Problem,
-    SpecError,
-    TrainSpec,
-    is_path,
-    parse_spec,
-)
+from trainer.spec import ExperimentSpec, FamilyName, Problem, SpecError, TrainSpec, is_path, parse_spec
 
 #: The numbers and choices of the section Training, and those that are folded away there.
 TRAINING = ("max_steps", "num_epochs", "n_ctx", "batch_size", "lr", "warmup_steps", "weight_decay", "seed", "host")

@@ -18,7 +18,8 @@ from experiments.curves import Key, Series, curves
 from experiments.models import Note, Point
 from experiments.standing import Promise, RunStanding, Standing, compared, promise
 from experiments.templatetags import figures
-from trainer.spec import ExperimentSpec, GrowInit, ModelSpec
+from trainer.shape import GrowInit
+from trainer.spec import ExperimentSpec, ModelSpec
 
 #: Rows of the table that stands for a chart.
 TABLE_ROWS = 40

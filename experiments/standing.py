@@ -21,7 +21,8 @@ from experiments import compare
 from experiments.curves import Key, Series
 from experiments.models import Experiment, ModelRun, Reason, State
 from experiments.templatetags import figures
-from trainer.spec import ExperimentSpec, GrowInit, ModelSpec, TrainSpec
+from trainer.shape import GrowInit
+from trainer.spec import ExperimentSpec, ModelSpec, TrainSpec
 
 #: Which of its runs speaks for an experiment: what needs attention first.
 _SPEAKS = (State.RUNNING, State.QUEUED, State.FAILED, State.CANCELLED, State.SUCCEEDED)

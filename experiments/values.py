@@ -18,17 +18,8 @@ from typing import Any
 
 from django.conf import settings
 
-from trainer.spec import (
-    BUILT_IN_SOURCE,
-    CheckpointInit,
-    ExperimentSpec,
-    GrowInit,
-    ModelSpec,
-    PretrainedTokenizer,
-    RandomInit,
-    Shape,
-    TrainSpec,
-)
+from trainer.shape import CheckpointInit, GrowInit, RandomInit, Shape
+from trainer.spec import BUILT_IN_SOURCE, ExperimentSpec, ModelSpec, PretrainedTokenizer, TrainSpec
 
 Values = Mapping[str, Any]
 

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 from trainer.families import Family, FamilyError, get_family, read_config
 from trainer.growth import GrowthError, GrowthPlan, plan
-from trainer.spec import CheckpointInit, ExperimentSpec, GrowInit, ModelSpec, Problem, Shape, TrainSpec
+from trainer.shape import CheckpointInit, GrowInit, Shape
+from trainer.spec import ExperimentSpec, ModelSpec, Problem, TrainSpec
 
 #: Positions whose logits exist at once in training.
 LOSS_CHUNK = 512

@@ -41,16 +41,8 @@ from trainer.events import Event, Failed, Finished
 from trainer.families import Described, FamilyError, build_model, get_family, read_config
 from trainer.growth import GrowthError, plan
 from trainer.growth.apply import SourceError, grow_checkpoint
-from trainer.spec import (
-    CheckpointInit,
-    ExperimentSpec,
-    GrowInit,
-    RandomInit,
-    SpecError,
-    TrainSpec,
-    for_transformers,
-    load_spec,
-)
+from trainer.shape import CheckpointInit, GrowInit, RandomInit
+from trainer.spec import ExperimentSpec, SpecError, TrainSpec, for_transformers, load_spec
 
 if TYPE_CHECKING:
     import torch

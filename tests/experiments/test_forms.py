@@ -23,7 +23,8 @@ from experiments.presets import FIRST_LOOK, PRESETS
 from experiments.values import document_of, field_of, left_out, values_of
 from tests.experiments.factories import make_experiment, make_user
 from trainer.families import get_family
-from trainer.spec import ExperimentSpec, Shape, TrainSpec, parse_spec
+from trainer.shape import Shape
+from trainer.spec import ExperimentSpec, TrainSpec, parse_spec
 
 NOBODY = AnonymousUser()
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.families import build_model, get_family
-from trainer.spec import GrowInit, Shape
+from trainer.shape import GrowInit, Shape
 
 N_POSITIONS, D_VOCAB = 24, 53
 

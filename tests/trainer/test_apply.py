@@ -18,7 +18,7 @@ from trainer.growth import apply as apply_module
 from trainer.growth.apply import certificate, grow_checkpoint, named_weights, open_source
 from trainer.growth.certificate import tolerance
 from trainer.growth.weights import EPSILON, SourceError, Weights, narrow, widen
-from trainer.spec import GrowInit, Shape
+from trainer.shape import GrowInit, Shape
 
 #: Of logits whose spread is 2 to 6. An inexact growth is off by 0.1 and more.
 ROUNDING = 2e-4

@@ -12,7 +12,8 @@ import pytest
 from tests.trainer.pico import D_VOCAB, N_POSITIONS, PARENT, child, save
 from trainer.budget import activation_bytes, flops_per_token, memory_bytes, parameters, sheet, training_steps
 from trainer.families import FAMILIES, build_model, get_family
-from trainer.spec import ExperimentSpec, Shape, TrainSpec, parse_spec
+from trainer.shape import Shape
+from trainer.spec import ExperimentSpec, TrainSpec, parse_spec
 
 
 def experiment(family: str = "llama", **top: Any) -> ExperimentSpec:

@@ -20,7 +20,7 @@ from trainer.families import (
     get_family,
     read_config,
 )
-from trainer.spec import Shape
+from trainer.shape import Shape
 
 SHAPES = [
     ("gpt2", PARENT["gpt2"]),

@@ -15,7 +15,7 @@ from trainer.growth.depth import DEPTH_RULES, Block
 from trainer.growth.exactness import broken
 from trainer.growth.maps import NEW, copies, corner, identity, place, product, tile
 from trainer.growth.width import WIDTH_RULES
-from trainer.spec import DepthRule, GrowInit, Shape, WidthRule
+from trainer.shape import DepthRule, GrowInit, Shape, WidthRule
 
 
 def planned(family: str, to: Shape, init: GrowInit, tied: bool = True) -> GrowthPlan:

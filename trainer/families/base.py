@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, ClassVar, Literal, NamedTuple
 
-from trainer.spec import Shape
+from trainer.shape import Shape
 
 #: Several axes of one dimension, outermost first: a query projection writes ("q_head", "q_dim").
 Axes = tuple[str, ...]

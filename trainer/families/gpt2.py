@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trainer.families.base import Described, Family, FamilyError, Layout, Parameter, axis_sizes, require, whole
-from trainer.spec import Shape
+from trainer.shape import Shape
 
 
 class Gpt2(Family):

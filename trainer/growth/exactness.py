@@ -23,7 +23,7 @@ from trainer.families import Family
 from trainer.growth.depth import Block
 from trainer.growth.maps import NEW, AxisMap
 from trainer.growth.width import FIELD_AXES, size_of
-from trainer.spec import Shape
+from trainer.shape import Shape
 
 
 def broken(

@@ -15,7 +15,7 @@ from trainer.growth.errors import GrowthError
 from trainer.growth.exactness import broken, joined
 from trainer.growth.maps import AxisMap, identity
 from trainer.growth.width import FIELD_AXES, WIDTH_RULES, size_of
-from trainer.spec import GrowInit, Shape
+from trainer.shape import GrowInit, Shape
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from trainer.families import get_family
 from trainer.growth.errors import GrowthError
 from trainer.growth.width import size_of
-from trainer.spec import Shape
+from trainer.shape import Shape
 
 _FIELDS = tuple(Shape.model_fields)
 

@@ -13,7 +13,7 @@ from typing import ClassVar, NamedTuple, Protocol
 from trainer.families import Family
 from trainer.growth.errors import GrowthError
 from trainer.growth.maps import AxisMap, copies, corner, identity, place, tile
-from trainer.spec import Shape
+from trainer.shape import Shape
 
 
 class Operator(NamedTuple):
