@@ -65,9 +65,25 @@ def _place_of(client: object, experiment: object) -> str:
     return str(json.loads(answer.content)["place"])
 
 
+def migrated(var: Path) -> dict[str, str]:
+    """The environment of a new site in the folder `var`: SQLite, static files collected, no rows."""
+    var.mkdir(exist_ok=True)
+    vendor = Path(os.environ.get("KANGAROO_VAR", ROOT / "var")) / "vendor"
+    (var / "vendor").symlink_to(vendor.resolve())
+    environment = {key: value for key, value in os.environ.items() if key != "DATABASE_URL"}
+    environment |= {
+        "KANGAROO_VAR": str(var),
+        "DJANGO_SETTINGS_MODULE": "kangaroo_site.settings",
+        "LOG_LEVEL": "ERROR",
+    }
+    for command in (["migrate", "-v0"], ["createcachetable", "-v0"], ["collectstatic", "-v0", "--noinput"]):
+        subprocess.run([sys.executable, "manage.py", *command], cwd=ROOT, env=environment, check=True)
+    return environment
+
+
 @contextmanager
-def served(env: dict[str, str]) -> Iterator[int]:
-    """A gunicorn for the installation in `env`; its port."""
+def gunicorn(env: dict[str, str]) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """A gunicorn for the installation in `env`, which has just been started, and its port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -75,16 +91,20 @@ def served(env: dict[str, str]) -> Iterator[int]:
     command += ["--bind", f"127.0.0.1:{port}", "--worker-class", "gthread", "--workers", "2", "--threads", "8"]
     process = subprocess.Popen([*command, "--log-level", "error"], cwd=ROOT, env=env)
     try:
-        for _ in range(100):
-            try:
-                socket.create_connection(("127.0.0.1", port), 0.2).close()
-                break
-            except OSError:
-                time.sleep(0.1)
-        yield port
+        yield process, port
     finally:
         process.terminate()
         process.wait(20)
+
+
+def wait_for(port: int) -> None:
+    for _ in range(100):
+        try:
+            socket.create_connection(("127.0.0.1", port), 0.2).close()
+            return
+        except OSError:
+            time.sleep(0.1)
+    raise SystemExit("gunicorn does not listen")
 
 
 def ask(port: int, session: str, path: str, times: int) -> list[float]:
@@ -114,15 +134,12 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=20_000)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="kangaroo-pages-") as var:
-        vendor = Path(os.environ.get("KANGAROO_VAR", ROOT / "var")) / "vendor"
-        (Path(var) / "vendor").symlink_to(vendor.resolve())
-        os.environ |= {"KANGAROO_VAR": var, "DJANGO_SETTINGS_MODULE": "kangaroo_site.settings", "LOG_LEVEL": "ERROR"}
+        os.environ |= migrated(Path(var))
         os.environ.pop("DATABASE_URL", None)
-        for command in (["migrate", "-v0"], ["createcachetable"], ["collectstatic", "-v0", "--noinput"]):
-            subprocess.run([sys.executable, "manage.py", *command], cwd=ROOT, check=True)
         paths = make_rows(options.experiments, options.points)
         session = paths.pop("session")
-        with served(dict(os.environ)) as port:
+        with gunicorn(dict(os.environ)) as (_, port):
+            wait_for(port)
             ask(port, session, "/profile/?q=nothing", 4)  # templates and connections, not curves
             print(f"{options.clients} clients, {options.requests} requests each; milliseconds\n")
             print(f"{'':<40}{'first':>8}{'alone':>8}{'p50':>8}{'p95':>8}{'requests/s':>12}")
