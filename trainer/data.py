@@ -27,6 +27,7 @@ import json
 import os
 import shutil
 import sysconfig
+import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -257,6 +258,9 @@ def _build(data: DataSpec, cache: Path, report: Report) -> str:
                 f"{data.tokenizer.d_vocab:,} asked for: it has no more that repeats."
             )
 
+    for left in cache.glob(".building-*"):  # by a process that was killed
+        if left.stat().st_mtime < time.time() - 86_400:
+            shutil.rmtree(left, ignore_errors=True)
     building = cache / f".building-{name}-{os.getpid()}"
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)

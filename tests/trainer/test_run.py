@@ -69,7 +69,7 @@ def test_small_scaled_and_large_are_trained_and_scaled_begins_where_small_ended(
     grown = events(tmp_path / "scaled", "grown")[0]
     assert grown["preserves"]
     assert grown["max_logit_difference"] < 1e-5 * grown["logit_scale"]
-    assert grown["kl_divergence"] < 1e-9
+    assert grown["kl_divergence"] < 1e-7
     ended, began = losses(tmp_path / "small")["validation", 12], losses(tmp_path / "scaled")["validation", 0]
     assert began == pytest.approx(ended, abs=1e-5)
     assert began < losses(tmp_path / "large")["validation", 0] - 0.1

@@ -46,7 +46,7 @@ def with_value(path: str, value: Any) -> dict[str, Any]:
         ("models.small.shape.d_head", 31, "models.small.shape.d_head 31: RoPE rotates channels in pairs"),
         ("models.small.family", "gpt5", "models.small.family 'gpt5': must be 'gpt2' or 'llama'"),
         ("models.small.shape", None, "models.small.shape: a shape is needed unless"),
-        ("models.small.init", {"kind": "magic"}, "models.small.init.kind 'magic': must be 'random', 'checkpoint', 'grow'"),
+        ("models.small.init", {"kind": "magic"}, "models.small.init.kind 'magic': must be 'random'"),
         ("models.small.init", {}, "models.small.init: needs a kind"),
         ("models.small.init", {"kind": "grow", "parent": "tiny"}, "models.small.init.parent 'tiny': there is no"),
         ("models.small.init", {"kind": "grow", "parent": "scaled"}, "is grown from itself"),
