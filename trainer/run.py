@@ -35,14 +35,14 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter
 
 from trainer import __version__, budget
-from trainer.data import Prepared, default_cache, prepare
+from trainer.data import TEXT_FILES, Prepared, default_cache, prepare
 from trainer.endings import CheckpointError, DataError, Diverged, StopRequested, ending
 from trainer.events import Event, Failed, Finished
 from trainer.families import Described, FamilyError, build_model, get_family, read_config
 from trainer.growth import GrowthError, plan
 from trainer.growth.apply import SourceError, grow_checkpoint
 from trainer.shape import CheckpointInit, GrowInit, RandomInit
-from trainer.spec import ExperimentSpec, SpecError, TrainSpec, for_transformers, load_spec
+from trainer.spec import DataSpec, ExperimentSpec, SpecError, TrainSpec, for_transformers, load_spec
 
 if TYPE_CHECKING:
     import torch
@@ -121,6 +121,8 @@ def _story(
     # Importing torch and the model classes takes seconds, so it goes on beside the preparation of the text.
     imports = threading.Thread(target=_import_torch, daemon=True)
     imports.start()
+    if _reads_with_libraries(spec.data):
+        imports.join()  # `datasets` looks into transformers, and fails where that is half imported
     prepared = yield from _prepare(spec, cache, stop)
     for note in prepared.notes:
         yield {"kind": "warning", "message": note}
@@ -238,6 +240,12 @@ def _import_torch() -> None:
     with contextlib.suppress(Exception):  # what is wrong is raised again, and reported, by the main thread's import
         importlib.import_module("trainer.train")
         importlib.import_module("transformers.models.auto.modeling_auto")
+
+
+def _reads_with_libraries(data: DataSpec) -> bool:
+    """Whether `datasets` or transformers may read the text or its tokenizer: not where it is plain files and a BPE."""
+    plain = data.kind == "built-in" or (data.kind == "local" and Path(data.source).suffix in TEXT_FILES)
+    return not plain or data.tokenizer.kind != "bpe"
 
 
 def _prepare(spec: ExperimentSpec, cache: Path, stop: Callable[[], bool]) -> Generator[Fields, None, Prepared]:
