@@ -85,7 +85,7 @@ class WholeField(NumberField):
     inputmode = "numeric"
 
     def parse(self, text: str) -> int:
-        if re.fullmatch(r"[+-]?\d{1,18}", text):
+        if re.fullmatch(r"[+-]?\d{1,40}", text):
             return int(text)
         number = float(text)  # 25e3
         if not number.is_integer():
@@ -211,6 +211,7 @@ class ExperimentForm(forms.Form):
     upload = forms.FileField(
         required=False,
         label="File",
+        error_messages={"empty": "File: is empty; choose one with text"},
         widget=forms.FileInput(attrs={"class": "form-control", "accept": ",".join(sources.TEXT_SUFFIXES)}),
     )
     uploaded = forms.CharField(required=False, widget=forms.HiddenInput)
@@ -308,10 +309,15 @@ class ExperimentForm(forms.Form):
     def summary(self) -> list[Wrong]:
         """Each error with the element that it stands beside, in the order of the page; what belongs to none first."""
         return [Wrong("", "", str(message)) for message in self.non_field_errors()] + [
-            Wrong(name, str(self[name].auto_id), str(message))
+            Wrong(name, str(self[name].auto_id), f"{self._role(name)}{message}")
             for name in self.fields
             for message in self.errors.get(name, [])
         ]
+
+    def _role(self, name: str) -> str:
+        """Whose dimension a field is, where its message alone does not say: both columns have a d_model."""
+        role, _, dimension = name.partition("_")
+        return f"{role}: " if role in ("small", "large") and dimension in (*DIMENSIONS, "init_range") else ""
 
     @property
     def uploaded_name(self) -> str:
@@ -380,7 +386,7 @@ class ExperimentForm(forms.Form):
                 with self._beside("local_path"):
                     path = sources.text_path(self._given("local_path"), self.user)
                     values["local_path"] = str(path)
-            case "upload":
+            case "upload" if "upload" not in self.errors:
                 with self._beside("upload", getattr(values.get("upload"), "name", "")):
                     path = self._keep_upload()
         if path and values.get("text_column"):

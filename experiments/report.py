@@ -231,7 +231,8 @@ class Report:
         ]
         fields = ("d_model", "n_layers", "n_heads", "kv_heads", "d_head", "d_mlp", "layer_norm_eps")
         for field in fields:
-            rows.append(Row(field, "", [f"{getattr(m.shape, field):g}" if m.shape else "–" for m in models]))
+            shown = [f"{getattr(m.shape, field):g}" if m.shape else "–" for m in models]
+            rows.append(Row("n_kv_heads" if field == "kv_heads" else field, "", shown))
         rows.append(Row("init_range", "", [f"{getattr(model.init, 'init_range', '–')}" for model in models]))
         rows.append(Row("tied embeddings", "", ["yes" if model.tie_embeddings else "no" for model in models]))
         for field in sorted({field for model in models for field in model.train}):

@@ -35,7 +35,8 @@ ADVICE: dict[str, str] = {
     Reason.KILLED: "Resume it: it goes on from its last checkpoint.",
     Reason.LOST: "Resume it: it goes on from its last checkpoint.",
     Reason.DISK_FULL: "Delete experiments that are no longer needed; then resume.",
-    Reason.BAD_DATA: "Check the dataset's name, file and text column, in a new experiment that starts from this one.",
+    Reason.BAD_DATA: "Check the text's name or file, its column and the tokenizer, in a new experiment that starts "
+    "from this one.",
     Reason.BAD_CHECKPOINT: "Check the checkpoint's path or name, in a new experiment that starts from this one.",
     Reason.PARENT_ENDED: "Resume the experiment: the model it is grown from is queued with it.",
     Reason.STOPPED: "Resume it: it goes on from its last checkpoint.",

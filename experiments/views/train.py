@@ -43,6 +43,8 @@ def _fresh(request: HttpRequest) -> HttpResponse:
     else:
         context["preset"] = preset
     values = values_of(spec)
+    if "origin" in context:
+        values["name"] = context["origin"].name  # it may have been renamed since
     if values["uploaded"] and not sources.may_use_upload(values["uploaded"], request.user):
         values["uploaded"] = ""  # another's file: theirs alone
         context["text_is_anothers"] = True

@@ -109,7 +109,7 @@ def test_a_run_is_stopped_and_resumed_and_ends_as_one_that_never_stopped(
     sign_up(page)
     submit(page, some_text(tmp_path), "To be stopped", steps=600, eval_every=50)
     expect(page.locator("#section-progress")).to_contain_text(re.compile(r"step [1-9]"), timeout=TRAINED)
-    page.get_by_role("button", name="Stop after the next checkpoint").click()
+    page.get_by_role("button", name="Stop, keeping a checkpoint").click()
     expect(page.locator(".standing-line .state")).to_have_text("Cancelled", timeout=TRAINED)
     expect(page.locator("#section-progress")).to_contain_text("stopped on request")
     page.locator("#resume").click()

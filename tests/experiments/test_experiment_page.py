@@ -204,7 +204,7 @@ def test_the_address_says_what_the_chart_shows(client: Client, ada: User) -> Non
 def test_the_page_stands_in_every_state_with_and_without_curves(client: Client, ada: User, state: str) -> None:
     for points in (0, 10):
         html = page(client, make_experiment(ada, state=state, until=0.3, points=points))
-        assert ("Stop after the next checkpoint" in html) is (state in ("queued", "running"))
+        assert ("Stop, keeping a checkpoint" in html) is (state in ("queued", "running"))
         assert ("Resume from the last checkpoint" in html) is (state in ("failed", "cancelled"))
         assert inline_parts(html) == []
 
@@ -448,7 +448,7 @@ def test_stopping_is_a_wish_for_what_runs_and_the_end_for_what_waits(client: Cli
     assert runs["large"].stop_requested
     assert runs["large"].state == State.RUNNING
     assert runs["scaled"].state == State.CANCELLED
-    assert "Stopping after the next checkpoint" in answer.content.decode()
+    assert ">Stopping</button>" in answer.content.decode()
 
 
 def test_resuming_queues_what_did_not_finish(client: Client, ada: User) -> None:

@@ -194,6 +194,7 @@ def test_every_field_of_a_spec_has_a_place_in_the_form() -> None:
         ({"warmup_steps": "301"}, "warmup_steps", "at most 300"),
         ({"grad_clip": "0"}, "grad_clip", "more than 0"),
         ({"seed": "-1"}, "seed", "at least 0"),
+        ({"seed": "99999999999999999999"}, "seed", "seed 99999999999999999999: must be less than"),
         ({"validation_fraction": "0.5"}, "validation_fraction", "less than 0.5"),
         ({"d_vocab": "255"}, "d_vocab", "at least 260"),
         ({"tokenizer_kind": "pretrained", "tokenizer_name": ""}, "tokenizer_name", "must not be empty"),
@@ -215,6 +216,20 @@ def test_an_error_stands_beside_its_field(changes: dict[str, Any], field: str, w
     errors = errors_of(**changes)
     assert list(errors) == [field]
     assert words in errors[field]
+
+
+def test_an_empty_file_is_refused_with_one_message(user: User) -> None:
+    form = upload(user, {"upload": SimpleUploadedFile("empty.txt", b"")})
+    assert form.errors["upload"] == ["File: is empty; choose one with text"]
+
+
+def test_the_list_of_problems_says_whose_dimension_is_wrong() -> None:
+    form = ExperimentForm(first_look(small_d_head="7", large_d_head="9"), user=NOBODY)
+    form.is_valid()
+    assert [problem.message.split(": ")[:2] for problem in form.summary] == [
+        ["small", "d_head 7"],
+        ["large", "d_head 9"],
+    ]
 
 
 def test_all_that_is_wrong_is_said_at_once() -> None:

@@ -129,6 +129,12 @@ def test_an_experiment_of_ones_own_fills_the_form(client: Client, owner: User) -
     assert page.by_id("id_small_d_model")["value"] == "64"
 
 
+def test_a_renamed_experiment_fills_the_form_under_its_new_name(client: Client, owner: User) -> None:
+    experiment = make_experiment(owner, name="Old", points=0)
+    Experiment.objects.filter(pk=experiment.pk).update(name="New")
+    assert Page(client.get(TRAIN, {"from": str(experiment.pk)})).by_id("id_name")["value"] == "New"
+
+
 def test_a_public_experiment_fills_the_form_of_anybody(client: Client) -> None:
     experiment = make_experiment(None, name="Shown to all", points=0, is_public=True)
     assert Page(client.get(TRAIN, {"from": str(experiment.pk)})).by_id("id_name")["value"] == "Shown to all"
