@@ -565,7 +565,8 @@ def test_looking_changes_nothing(client: Client, ada: User, part: str) -> None:
         answer = client.get(f"{experiment.get_absolute_url()}{part}")
         assert answer.status_code == 200
         b"".join(answer)
-    assert not [query["sql"] for query in queries if not query["sql"].startswith("SELECT")]
+    reads = ("SELECT", "DECLARE")  # PostgreSQL reads what may be much through a cursor
+    assert not [query["sql"] for query in queries if not query["sql"].startswith(reads)]
 
 
 def test_nothing_that_people_or_trainers_write_becomes_markup(client: Client, ada: User) -> None:
