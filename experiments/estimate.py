@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from django.conf import settings
-from django.db import models
 
 from experiments.forms import ExperimentForm
 from experiments.models import ModelRun, State
@@ -26,6 +25,8 @@ from trainer.spec import DataSpec, ExperimentSpec, ModelSpec
 
 #: Training FLOPs per second of one core before anything was measured: what small models reach on an old laptop's.
 GUESSED_FLOPS_PER_CORE = 2e10
+#: Seconds a run takes beside its steps, before anything was measured.
+GUESSED_BESIDES = 10.0
 #: A run shorter than this says more about starting than about training.
 SHORTEST_MEASURED_SECONDS = 2.0
 MEASURED_RUNS = 9
@@ -34,6 +35,7 @@ MEASURED_RUNS = 9
 class Speed(NamedTuple):
     flops_per_second: float  # of one run
     runs: int  # measured on; 0: a guess
+    besides: float  # seconds a run takes beside its steps: to start, to read the text, to evaluate
 
 
 def measured_speed() -> Speed:
@@ -43,11 +45,17 @@ def measured_speed() -> Speed:
             state=State.SUCCEEDED, flops__gt=0, train_seconds__gte=SHORTEST_MEASURED_SECONDS, ended_at__isnull=False
         )
         .order_by("-ended_at")
-        .values_list(models.F("flops") / models.F("train_seconds"), flat=True)[:MEASURED_RUNS]
+        .values_list("flops", "train_seconds", "started_at", "ended_at")[:MEASURED_RUNS]
     )
-    if rates := list(finished):
-        return Speed(statistics.median(rates), len(rates))
-    return Speed(GUESSED_FLOPS_PER_CORE * max(1, settings.CORES // max(1, settings.LOCAL_SLOTS)), 0)
+    rates, besides = [], []
+    for flops, seconds, started, ended in finished:
+        rates.append(flops / seconds)
+        if started and ended:  # of a resumed run they are its last attempt's, and `seconds` all attempts' together
+            besides.append(max(0.0, (ended - started).total_seconds() - seconds))
+    if rates:
+        return Speed(statistics.median(rates), len(rates), statistics.median(besides or [GUESSED_BESIDES]))
+    cores = max(1, settings.CORES // max(1, settings.LOCAL_SLOTS))
+    return Speed(GUESSED_FLOPS_PER_CORE * cores, 0, GUESSED_BESIDES)
 
 
 def known_text(data: DataSpec) -> dict[str, Any]:
@@ -119,7 +127,7 @@ def estimate(form: ExperimentForm) -> Estimate:
         hints=_ratios(shown),
         unknown=_unknown(spec, shown),
         speed=speed,
-        seconds=_until_finished(spec, budgets),
+        seconds=_until_finished(spec, budgets, speed.besides),
         memory=memory,
     )
 
@@ -237,7 +245,7 @@ def _ratios(budgets: list[ModelBudget]) -> list[str]:
     return hints
 
 
-def _until_finished(spec: ExperimentSpec, budgets: dict[str, ModelBudget]) -> float | None:
+def _until_finished(spec: ExperimentSpec, budgets: dict[str, ModelBudget], besides: float) -> float | None:
     """Seconds until the last model has finished: LOCAL_SLOTS at a time, a child after its parent."""
     ends: dict[str, float] = {}
     free = [0.0] * max(1, settings.LOCAL_SLOTS)
@@ -247,6 +255,6 @@ def _until_finished(spec: ExperimentSpec, budgets: dict[str, ModelBudget]) -> fl
             return None
         parent = spec.models[name].parent
         start = max(heapq.heappop(free), ends[parent] if parent else 0.0)
-        ends[name] = start + seconds
+        ends[name] = start + besides + seconds
         heapq.heappush(free, ends[name])
     return max(ends.values(), default=None)

@@ -273,6 +273,9 @@ class ExperimentForm(forms.Form):
         self.fields["upload"].widget.attrs["data-max-mb"] = settings.MAX_UPLOAD_MB
         for name, field in self.fields.items():
             field.label = field.label or name  # the spec's own word, not "N ctx"
+        if not settings.LOCAL_DATA_DIRS:
+            self.fields["small_checkpoint"].help_text = "A name on the Hub, such as openai-community/gpt2."
+            self.fields["tokenizer_name"].help_text = "On the Hub, such as gpt2. With a checkpoint: its own."
         if not settings.LOCAL_DATA_DIRS and self["source"].value() != "local":
             choices = self.fields["source"].choices  # type: ignore[attr-defined]
             self.fields["source"].choices = [c for c in choices if c[0] != "local"]  # type: ignore[attr-defined]

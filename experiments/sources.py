@@ -66,7 +66,7 @@ def checkpoint(name: str, user: Any) -> str:
     """A Hub name, or the resolved path of a Hugging Face folder that `user` may read."""
     if not is_path(name):
         return hub_name(name)
-    path = _allowed(name, user)
+    path = _allowed(name, user, "give a name on the Hub")
     if not (path / "config.json").is_file():
         raise ValidationError("a checkpoint is a folder with config.json and safetensors files in it")
     return str(path)
@@ -76,13 +76,13 @@ def tokenizer(name: str, user: Any) -> str:
     """A Hub name, or the resolved path of a folder with a tokenizer that `user` may read."""
     if not is_path(name):
         return hub_name(name)
-    path = _allowed(name, user)
+    path = _allowed(name, user, "give a name on the Hub")
     if not (path / "tokenizer.json").is_file():
         raise ValidationError("a tokenizer is a folder with tokenizer.json in it")
     return str(path)
 
 
-def _allowed(text: str, user: Any) -> Path:
+def _allowed(text: str, user: Any, instead: str = "upload the file") -> Path:
     for candidate in _candidates(text):
         try:
             path = candidate.resolve(strict=True)
@@ -94,7 +94,7 @@ def _allowed(text: str, user: Any) -> Path:
     if not settings.LOCAL_DATA_DIRS:
         raise ValidationError(
             "there is no such path among those you may use; this site's operator opened no folder (LOCAL_DATA_DIRS), "
-            "so upload the file instead"
+            f"so {instead} instead"
         )
     folders = ", ".join(map(str, settings.LOCAL_DATA_DIRS))
     raise ValidationError(f"there is no such file or folder in {folders}")

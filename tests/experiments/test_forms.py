@@ -209,6 +209,7 @@ def test_every_field_of_a_spec_has_a_place_in_the_form() -> None:
         ({"source": "upload"}, "upload", "File: choose one"),
         ({"source": "elsewhere"}, "source", "elsewhere"),
         ({"small_source": "checkpoint", "small_checkpoint": ""}, "small_checkpoint", "must not be empty"),
+        ({"small_source": "checkpoint", "small_checkpoint": "/no"}, "small_checkpoint", "give a name on the Hub"),
         ({"small_source": "checkpoint", "small_checkpoint": "openai-community/gpt2"}, "tokenizer_kind", "pretrained"),
     ],
 )
