@@ -143,6 +143,11 @@ class Standing:
         return not stopping and any(each.run.is_resumable for each in self.runs)
 
     @property
+    def has_steps(self) -> bool:
+        """Whether there is a checkpoint to resume from: what failed before its first step only begins again."""
+        return any(each.run.step for each in self.runs if each.run.is_resumable)
+
+    @property
     def is_stopping(self) -> bool:
         active = [each.run for each in self.runs if each.run.is_active]
         return bool(active) and all(run.stop_requested for run in active)

@@ -492,7 +492,7 @@ def resume(request: HttpRequest, pk: UUID) -> HttpResponse:
         messages.error(request, str(limit))
     else:
         names = ", ".join(run.name for run in resumed)
-        messages.info(request, f"Queued again from the last checkpoint: {names}." if names else "Nothing to resume.")
+        messages.info(request, f"Queued again: {names}." if names else "Nothing to resume.")
     return redirect(experiment)
 
 

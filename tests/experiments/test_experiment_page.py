@@ -153,6 +153,14 @@ def test_a_failure_says_what_happened_and_what_to_do(client: Client, ada: User) 
     assert "Resume from the last checkpoint" in html
 
 
+def test_what_failed_before_its_first_step_says_why_at_once_and_is_tried_again(client: Client, ada: User) -> None:
+    states = {"small": "failed", "scaled": "cancelled", "large": "failed"}
+    html = page(client, make_experiment(ada, states=states, points=0, until=0.0))
+    assert '<details id="detail-small" open>' in html
+    assert "Resume from the last checkpoint" not in html
+    assert "Try again" in html
+
+
 def test_the_configuration_can_be_repeated_elsewhere(client: Client, ada: User) -> None:
     experiment = make_experiment(ada)
     html = page(client, experiment)
@@ -454,7 +462,7 @@ def test_stopping_is_a_wish_for_what_runs_and_the_end_for_what_waits(client: Cli
 def test_resuming_queues_what_did_not_finish(client: Client, ada: User) -> None:
     experiment = make_experiment(ada, states={"scaled": "failed", "large": "cancelled"}, until=0.5)
     answer = client.post(f"/experiments/{experiment.pk}/resume/", follow=True)
-    assert "Queued again from the last checkpoint: scaled, large." in answer.content.decode()
+    assert "Queued again: scaled, large." in answer.content.decode()
     assert {run.name: run.state for run in experiment.runs.all()} == {
         "small": State.SUCCEEDED,
         "scaled": State.QUEUED,
