@@ -252,7 +252,7 @@ const writeTick = (write, name) => (u, splits) => splits.map((value) => {
 // Ranges of our own: uPlot's would snap a log axis out to whole decades, and one point to nothing.
 function rangeOf(log, pad) {
   return (u, min, max) => {
-    if (min === null || max === null) return log ? [1, 10] : [0, 1];
+    if (min === null || max === null) return log ? [1, 10] : [0, 10]; // no points yet: whole steps
     if (log) {
       const factor = max > min ? (max / min) ** pad : 1.1;
       return [min / factor, max * factor];
