@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from django.db.models import Max, Q
 
-from experiments import compare
+from experiments import compare, sources
 from experiments.curves import Key, Series, curves
 from experiments.models import Note, Point
 from experiments.standing import Promise, RunStanding, Standing, compared, promise
@@ -245,7 +245,11 @@ class Report:
         data, train = self.spec.data, self.spec.train.model_dump()
         tokenizer = data.tokenizer
         named = f"byte-level BPE, d_vocab {tokenizer.d_vocab:,}" if tokenizer.kind == "bpe" else tokenizer.name
-        found = [("source", data.source), ("config", data.config), ("text_column", data.text_column)]
+        found = [
+            ("source", sources.with_short_names(data.source)),
+            ("config", data.config),
+            ("text_column", data.text_column),
+        ]
         found += [("tokenizer", named), ("validation_fraction", f"{data.validation_fraction:g}")]
         found += [("test_fraction", f"{data.test_fraction:g}")]
         found += [(name, _plain(value)) for name, value in train.items()]

@@ -17,7 +17,7 @@ from typing import Any
 from django.db.models import Q
 from django.utils import timezone
 
-from experiments import compare
+from experiments import compare, sources
 from experiments.curves import Key, Series
 from experiments.models import Experiment, ModelRun, Reason, State
 from experiments.templatetags import figures
@@ -58,6 +58,11 @@ class RunStanding:
     @property
     def name(self) -> str:
         return self.run.name
+
+    @property
+    def said(self) -> str:
+        """What the trainer said about how the run ended."""
+        return sources.with_short_names(self.run.detail)
 
     @property
     def share(self) -> float | None:

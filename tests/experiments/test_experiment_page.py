@@ -161,6 +161,17 @@ def test_what_failed_before_its_first_step_says_why_at_once_and_is_tried_again(c
     assert "Try again" in html
 
 
+def test_an_uploaded_file_is_shown_by_its_name_alone(client: Client, ada: User, settings: Any) -> None:
+    path = settings.UPLOADS_DIR / "1" / "edc4364e8c428cae" / "rows.jsonl"
+    spec = make_spec()
+    spec["data"]["source"] = str(path)
+    experiment = make_experiment(ada, spec=spec, state="failed")
+    experiment.runs.update(detail=f"{path} cannot be read as jsonl: trailing data.")
+    html = page(client, experiment)
+    assert "<pre>rows.jsonl cannot be read as jsonl: trailing data.</pre>" in html
+    assert str(settings.UPLOADS_DIR) not in html
+
+
 def test_the_configuration_can_be_repeated_elsewhere(client: Client, ada: User) -> None:
     experiment = make_experiment(ada)
     html = page(client, experiment)
