@@ -6,6 +6,7 @@ from typing import Any
 
 from allauth.account.adapter import DefaultAccountAdapter
 from django.http import HttpRequest
+from django.urls import reverse
 
 from accounts.guests import claim
 from accounts.models import User
@@ -23,6 +24,10 @@ class Adapter(DefaultAccountAdapter):  # type: ignore[misc]
     def save_user(self, request: HttpRequest, user: User, form: Any, commit: bool = True) -> User:
         user.is_guest = False
         return super().save_user(request, user, form, commit)  # type: ignore[no-any-return]
+
+    def get_password_change_redirect_url(self, request: HttpRequest) -> str:
+        """Back to the account's page: an empty form again would look as if nothing had happened."""
+        return reverse("account_settings")
 
     def login(self, request: HttpRequest, user: User) -> None:
         """Only here, when nothing can refuse the sign-in any more, does a guest's work change hands."""

@@ -137,7 +137,8 @@ def test_a_password_is_changed_with_the_old_one(signed_in: Client, ada: User) ->
     new = {"password1": "harbour-plum-77", "password2": "harbour-plum-77"}
     page = signed_in.post("/accounts/password/change/", {"oldpassword": "wrong", **new})
     assert "Please type your current password" in page.content.decode()
-    signed_in.post("/accounts/password/change/", {"oldpassword": PASSWORD, **new})
+    done = signed_in.post("/accounts/password/change/", {"oldpassword": PASSWORD, **new})
+    assert done.headers["Location"] == "/accounts/settings/"
     ada.refresh_from_db()
     assert ada.check_password("harbour-plum-77")
     assert mail.outbox[-1].to == [ada.email], "and whoever owns the address hears of it"
