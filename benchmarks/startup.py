@@ -2,11 +2,11 @@
 
     python -m benchmarks startup [--repeats 5] [--threads N]
 
-The trainer: `python -m trainer run` of a small GPT-2 on Python's standard library, prepared before, with the events
-that it writes as marks. Beside it the shortest script that does the same with the Hugging Face Trainer: the same tokens
-from the same file, a model of the same shape, one step of the same batch size (`hugging_face` below). Both are told
-their threads by OMP_NUM_THREADS. Before its first step a run measures its model's validation loss, which the Trainer
-does not: the last row of the run is without that.
+The trainer: `python -m trainer run --only` of a small GPT-2 on Python's standard library, prepared before, with the
+events that it writes as marks. Beside it the shortest script that does the same with the Hugging Face Trainer: the same
+tokens from the same file, a model of the same shape, one step of the same batch size (`hugging_face` below). Both are
+told their threads by OMP_NUM_THREADS. Before its first step a run measures its model's validation loss, which the
+Trainer does not: the last row of the run is without that.
 
 The site: `import kangaroo_site.wsgi` in a new process, and gunicorn, as `manage.py up` starts it, to its first answered
 request of the home page, with an empty database. All processes alternate; a row is the median of the repeats, least and
@@ -100,7 +100,7 @@ def kangaroo(scratch: Path, cache: Path, environment: dict[str, str]) -> Taken:
     out = scratch / "run"
     shutil.rmtree(out, ignore_errors=True)
     command = [sys.executable, "-m", "trainer", "run", str(scratch / "spec.json"), "--out", str(out)]
-    command += ["--cache", str(cache.absolute())]
+    command += ["--only", "small", "--cache", str(cache.absolute())]  # as the site starts it: one model, one process
     marks: dict[str, tuple[float, float]] = {}  # the first event of each kind: wall and CPU seconds
     measuring = 0.0
     began = time.time()
