@@ -106,7 +106,9 @@ def test_growth_is_held_against_its_promise(client: Client, ada: User) -> None:
     ModelRun.objects.filter(pk=run.pk).update(grown={**run.grown, "max_logit_difference": 0.5})
     assert "Promised to preserve the function, and did not" in page(client, experiment)
     ModelRun.objects.filter(pk=run.pk).update(grown={**run.grown, "preserves": False})
-    assert "These rules promise nothing for these shapes." in page(client, experiment)
+    html = page(client, experiment)
+    assert "These rules promise nothing for these shapes." in html
+    assert "allowed 1e-04" not in html
 
 
 @pytest.mark.parametrize(
