@@ -1,14 +1,15 @@
 """What an experiment would take, said before it starts: the side sheet of the Train page.
 
-Counts come from trainer.budget. Time comes from what this installation measured: FLOPs per second of the newest
-finished runs; until there is one, from a low guess that says so. Imports no torch.
+Counts come from trainer.budget. Time comes from what this installation measured: FLOPs per second of newest
+finished runs of a like size; until there is one, from a low guess that says so. Imports no torch.
 """
 
 from __future__ import annotations
 
 import heapq
+import math
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +30,8 @@ GUESSED_FLOPS_PER_CORE = 2e10
 GUESSED_BESIDES = 10.0
 #: A run shorter than this says more about starting than about training.
 SHORTEST_MEASURED_SECONDS = 2.0
-MEASURED_RUNS = 9
+#: Of so many newest runs, so many that are nearest in size speak: pico models run at a fraction of a large one's rate.
+RECENT_RUNS, MEASURED_RUNS = 60, 9
 
 
 class Speed(NamedTuple):
@@ -38,22 +40,47 @@ class Speed(NamedTuple):
     besides: float  # seconds a run takes beside its steps: to start, to read the text, to evaluate
 
 
-def measured_speed() -> Speed:
-    """The median over the newest finished runs, so that one run beside a busy machine does not count for all."""
+class Measured(NamedTuple):
+    """What one finished run took."""
+
+    flops_per_step: float
+    flops_per_second: float
+    besides: float | None
+
+
+def measured() -> list[Measured]:
+    """The newest finished runs that trained for long enough to say anything."""
     finished = (
         ModelRun.objects.filter(
-            state=State.SUCCEEDED, flops__gt=0, train_seconds__gte=SHORTEST_MEASURED_SECONDS, ended_at__isnull=False
+            state=State.SUCCEEDED,
+            flops__gt=0,
+            step__gt=0,
+            train_seconds__gte=SHORTEST_MEASURED_SECONDS,
+            ended_at__isnull=False,
         )
         .order_by("-ended_at")
-        .values_list("flops", "train_seconds", "started_at", "ended_at")[:MEASURED_RUNS]
+        .values_list("flops", "step", "train_seconds", "started_at", "ended_at")[:RECENT_RUNS]
     )
-    rates, besides = [], []
-    for flops, seconds, started, ended in finished:
-        rates.append(flops / seconds)
-        if started and ended:  # of a resumed run they are its last attempt's, and `seconds` all attempts' together
-            besides.append(max(0.0, (ended - started).total_seconds() - seconds))
-    if rates:
-        return Speed(statistics.median(rates), len(rates), statistics.median(besides or [GUESSED_BESIDES]))
+    return [
+        Measured(
+            flops / step,
+            flops / seconds,
+            # of a resumed run they are its last attempt's, and `seconds` all attempts' together
+            max(0.0, (ended - started).total_seconds() - seconds) if started and ended else None,
+        )
+        for flops, step, seconds, started, ended in finished
+    ]
+
+
+def speed_of(runs: list[Measured], flops_per_step: float | None) -> Speed:
+    """The median over the runs nearest in size, so that one run beside a busy machine does not count for all."""
+    if flops_per_step:
+        runs = sorted(runs, key=lambda run: abs(math.log(run.flops_per_step / flops_per_step)))
+    near = runs[:MEASURED_RUNS]
+    if near:
+        besides = [run.besides for run in near if run.besides is not None]
+        rate = statistics.median(run.flops_per_second for run in near)
+        return Speed(rate, len(near), statistics.median(besides or [GUESSED_BESIDES]))
     cores = max(1, settings.CORES // max(1, settings.LOCAL_SLOTS))
     return Speed(GUESSED_FLOPS_PER_CORE * cores, 0, GUESSED_BESIDES)
 
@@ -116,8 +143,12 @@ def estimate(form: ExperimentForm) -> Estimate:
     if known and d_vocab_is_open:
         tokenizer = spec.data.tokenizer.model_copy(update={"d_vocab": known["d_vocab"]})
         spec = spec.model_copy(update={"data": spec.data.model_copy(update={"tokenizer": tokenizer})})
-    speed, memory = measured_speed(), memory_bytes()
-    budgets = sheet(spec, flops_per_second=speed.flops_per_second, train_tokens=known.get("train_tokens"))
+    memory, runs = memory_bytes(), measured()
+    budgets = {
+        name: _timed(budget, speed_of(runs, _flops_per_step(budget)))
+        for name, budget in sheet(spec, train_tokens=known.get("train_tokens")).items()
+    }
+    speed = speed_of(runs, max((_flops_per_step(budget) or 0.0 for budget in budgets.values()), default=0.0))
     shown = [budgets[name] for name in spec.models]
     return Estimate(
         models=shown,
@@ -193,6 +224,15 @@ def _verdict(small: ModelSpec, large: ModelSpec, init: GrowInit, spec: Experimen
     except GrowthError as error:
         return Verdict("impossible", error.message)
     return Verdict("keeps" if found.preserves else "changes", found.because)
+
+
+def _flops_per_step(budget: ModelBudget) -> float | None:
+    return budget.flops / budget.steps if budget.flops and budget.steps else None
+
+
+def _timed(budget: ModelBudget, speed: Speed) -> ModelBudget:
+    seconds = None if budget.flops is None else budget.flops / speed.flops_per_second
+    return replace(budget, seconds=seconds)
 
 
 # Warnings, ratios, time -----------------------------------------------------------------------------------------------

@@ -436,10 +436,22 @@ def test_time_is_a_guess_until_something_was_measured(client: Client, owner: Use
     experiment.runs.update(flops=3e12, train_seconds=10.0)
     experiment.runs.filter(name="large").update(flops=9e12, train_seconds=0.5)  # too short to say anything
     experiment.runs.filter(name="scaled").update(flops=5e12)
-    speed = estimates.measured_speed()
+    speed = estimates.speed_of(estimates.measured(), None)
     assert speed[:2] == (4e11, 2)
     text = ask(client, first_look())
-    assert "Time from the newest 2 runs here: 4.0e11 FLOPs a second" in text.replace("\n", " ")
+    assert "Time from the 2 newest runs of a like size here: 4.0e11 FLOPs a second" in text.replace("\n", " ")
+
+
+def test_the_speed_of_pico_models_says_nothing_of_large_ones(owner: User) -> None:
+    for _ in range(5):
+        runs = make_experiment(owner, points=0).runs
+        runs.update(flops=1e9, step=100, train_seconds=10.0)
+    for _ in range(4):
+        make_experiment(owner, points=0).runs.update(flops=1e14, step=100, train_seconds=1000.0)
+    runs = estimates.measured()
+    assert len(runs) == 27
+    assert estimates.speed_of(runs, 2e12).flops_per_second == pytest.approx(1e11)
+    assert estimates.speed_of(runs, 3e7).flops_per_second == pytest.approx(1e8)
 
 
 def test_the_time_a_run_takes_beside_its_steps_counts(client: Client, owner: User) -> None:
@@ -447,7 +459,7 @@ def test_the_time_a_run_takes_beside_its_steps_counts(client: Client, owner: Use
     now = timezone.now()
     experiment = make_experiment(owner, points=0)
     experiment.runs.update(flops=3e12, train_seconds=10.0, started_at=now - timedelta(seconds=18), ended_at=now)
-    assert estimates.measured_speed().besides == pytest.approx(8.0)
+    assert estimates.speed_of(estimates.measured(), None).besides == pytest.approx(8.0)
     form = ExperimentForm(first_look(), user=owner)
     found = estimates.estimate(form)
     small, scaled = found.models[0].seconds, found.models[1].seconds
