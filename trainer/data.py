@@ -587,6 +587,8 @@ def text_column(where: str, columns: dict[str, str], wanted: str | None) -> str:
             return name
     if len(strings) == 1:
         return strings[0]
+    if not strings:
+        raise DataError(f"{where} has no column of text; it has {listed}.")
     raise DataError(f"Which column of {where} is the text? It has {listed}; name one as text_column.")
 
 

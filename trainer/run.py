@@ -13,6 +13,7 @@ A model that is grown finds its parent's in ../PARENT/model.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import importlib
 import json
 import math
@@ -503,26 +504,34 @@ def _peak_memory(device: torch.device) -> int:
 
 
 class EventLog:
-    """`events.jsonl`, appended to: numbers go on over all attempts, and a line that a crash tore is taken away."""
+    """`events.jsonl`, appended to: numbers go on over all attempts, and a line that a crash tore is taken away.
+
+    Locked for as long as this process lives: two trainers in one run directory would each undo the other's work.
+    Raises :class:`RunError` where another has it.
+    """
 
     def __init__(self, path: Path):
         self.path = path
         self.events = 0
         self.last: Fields | None = None
-        whole = 0
-        if path.exists():
-            with path.open("rb") as file:
-                for line in file:
-                    try:
-                        event = json.loads(line)
-                    except ValueError:
-                        break
-                    if not line.endswith(b"\n"):
-                        break
-                    self.last, self.events = event, event["seq"] + 1
-                    whole += len(line)
-            os.truncate(path, whole)
         self._file = path.open("ab")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise RunError(f"another process trains in {path.parent}; wait for it, or stop it first.") from None
+        whole = 0
+        with path.open("rb") as file:
+            for line in file:
+                try:
+                    event = json.loads(line)
+                except ValueError:
+                    break
+                if not line.endswith(b"\n"):
+                    break
+                self.last, self.events = event, event["seq"] + 1
+                whole += len(line)
+        os.truncate(path, whole)
 
     def __enter__(self) -> EventLog:
         return self

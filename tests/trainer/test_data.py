@@ -286,6 +286,11 @@ def test_tables_are_read_by_their_text_column(tmp_path: Path, suffix: str) -> No
         prepare(data(path), cache)
 
 
+def test_a_table_without_text_says_so() -> None:
+    with pytest.raises(DataError, match=r"^x has no column of text; it has id \(int64\)\.$"):
+        text_column("x", {"id": "int64"}, None)
+
+
 def test_the_text_column_is_found_by_its_usual_name_or_as_the_only_text() -> None:
     assert text_column("x", {"url": "string", "text": "string"}, None) == "text"
     assert text_column("x", {"id": "int64", "verse": "large_string"}, None) == "verse"

@@ -325,6 +325,18 @@ def test_a_torn_last_line_is_taken_away_and_the_numbers_go_on(tmp_path: Path) ->
         assert [parse_event(line).seq for line in path.read_bytes().splitlines()] == [0, 1, 2, 3]
 
 
+def test_a_second_trainer_is_kept_out_of_a_run_directory(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    fields = {"kind": "warning", "message": "the only one"}
+    with EventLog(path) as log:
+        log.write(fields)
+        with pytest.raises(RunError, match="another process trains in"):
+            EventLog(path)
+        log.write(fields)
+    with EventLog(path) as again:
+        assert again.events == 2
+
+
 # --- What goes wrong --------------------------------------------------------------------------------------------------
 
 
