@@ -17,6 +17,8 @@ from pathlib import Path
 from csp.constants import NONE, SELF
 from environs import Env
 
+from trainer.agent import cores
+
 BASE_DIR = Path(__file__).resolve().parent.parent
 env = Env()
 env.read_env(str(BASE_DIR / ".env"), recurse=False)
@@ -237,7 +239,7 @@ FILE_UPLOAD_HANDLERS = [
     "django.core.files.uploadhandler.MemoryFileUploadHandler",
     "experiments.uploads.BoundedUploadHandler",
 ]
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+CORES = cores()
 #: How many runs train at once on this machine; each gets its share of the cores.
 LOCAL_SLOTS = env.int("LOCAL_SLOTS", min(2, CORES))
 #: Limits a user, guests included, may not pass. 0: none.

@@ -20,6 +20,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from trainer.agent import cores
+
 if TYPE_CHECKING:
     from trainer.spec import ExperimentSpec
 
@@ -202,16 +204,6 @@ class _StopOnSignal:
         self.asked = True
         if self.forward_to is not None:
             self.forward_to.terminate()
-
-
-def cores() -> int:
-    """The cores this process may use: its affinity, and the quota of its control group where one is set."""
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-    except (OSError, ValueError):
-        return available
-    return available if quota == "max" else max(1, min(available, int(quota) // int(period)))
 
 
 def _set_threads(threads: int) -> None:

@@ -248,6 +248,16 @@ def last_lines(path: Path, count: int = _LOG_LINES) -> str:
     return "\n".join([line.rpartition("\r")[2] for line in text.rstrip().split("\n")][-count:])
 
 
+def cores() -> int:
+    """The cores this process may use: its affinity, and the quota of its control group where one is set."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return available
+    return available if quota == "max" else max(1, min(available, int(quota) // int(period)))
+
+
 def _oom_kills() -> int:
     """How often the kernel has killed a process for want of memory, in our cgroup or (without one) at all."""
     with contextlib.suppress(OSError, IndexError, ValueError):

@@ -128,6 +128,9 @@ class Family(ABC):
         """Every stored tensor, in the model's own order. A tied output head is not stored, so not listed."""
 
     @abstractmethod
+    def fixed(self, n_positions: int) -> dict[str, Any]:
+        """What a new model's config.json holds beside the shape and what :meth:`config` says of every family."""
+
     def config(
         self,
         shape: Shape,
@@ -141,6 +144,18 @@ class Family(ABC):
         pad_token_id: int | None = None,
     ) -> dict[str, Any]:
         """The content of config.json for a new model."""
+        every = {
+            "model_type": self.name,
+            "vocab_size": d_vocab,
+            "tie_word_embeddings": tied,
+            "initializer_range": init_range,
+            "bos_token_id": bos_token_id,
+            "eos_token_id": eos_token_id,
+            "pad_token_id": pad_token_id,
+            "use_cache": True,
+            "dtype": "float32",
+        }
+        return self.resized(every | self.fixed(n_positions), shape)
 
     @abstractmethod
     def shape_of(self, config: Mapping[str, Any]) -> Described:

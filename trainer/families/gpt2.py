@@ -80,37 +80,16 @@ class Gpt2(Family):
             add.matrix("lm_head.weight", ("vocab",), embed)
         return tuple(add.parameters)
 
-    def config(
-        self,
-        shape: Shape,
-        n_positions: int,
-        d_vocab: int,
-        tied: bool,
-        *,
-        init_range: float = 0.02,
-        bos_token_id: int | None = None,
-        eos_token_id: int | None = None,
-        pad_token_id: int | None = None,
-    ) -> dict[str, Any]:
-        fixed = {
+    def fixed(self, n_positions: int) -> dict[str, Any]:
+        return {
             "architectures": ["GPT2LMHeadModel"],
-            "model_type": "gpt2",
-            "vocab_size": d_vocab,
             "n_positions": n_positions,
-            "tie_word_embeddings": tied,
-            "initializer_range": init_range,
             # One fused operation; "gelu_new" is the same function in a chain of them. A checkpoint keeps its own.
             "activation_function": "gelu_pytorch_tanh",
             "attn_pdrop": 0.0,
             "embd_pdrop": 0.0,
             "resid_pdrop": 0.0,
-            "bos_token_id": bos_token_id,
-            "eos_token_id": eos_token_id,
-            "pad_token_id": pad_token_id,
-            "use_cache": True,
-            "dtype": "float32",
         }
-        return self.resized(fixed, shape)
 
     def shape_of(self, config: Mapping[str, Any]) -> Described:
         per_layer = "the scale of attention would change with a block's place, which growth moves"

@@ -73,37 +73,16 @@ class Llama(Family):
             add.matrix("lm_head.weight", ("vocab",), embed)
         return tuple(add.parameters)
 
-    def config(
-        self,
-        shape: Shape,
-        n_positions: int,
-        d_vocab: int,
-        tied: bool,
-        *,
-        init_range: float = 0.02,
-        bos_token_id: int | None = None,
-        eos_token_id: int | None = None,
-        pad_token_id: int | None = None,
-    ) -> dict[str, Any]:
-        fixed = {
+    def fixed(self, n_positions: int) -> dict[str, Any]:
+        return {
             "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "vocab_size": d_vocab,
             "max_position_embeddings": n_positions,
-            "tie_word_embeddings": tied,
-            "initializer_range": init_range,
             "hidden_act": "silu",
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
             "attention_bias": False,
             "mlp_bias": False,
             "attention_dropout": 0.0,
-            "bos_token_id": bos_token_id,
-            "eos_token_id": eos_token_id,
-            "pad_token_id": pad_token_id,
-            "use_cache": True,
-            "dtype": "float32",
         }
-        return self.resized(fixed, shape)
 
     def shape_of(self, config: Mapping[str, Any]) -> Described:
         require(config, "attention_bias", (False, None), "biases in attention are not carried by growth")
