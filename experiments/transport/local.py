@@ -86,15 +86,15 @@ class Local:
         runs = [path for path in directory.iterdir() if path.is_dir()]
         if any(agent.belongs_elsewhere(run) for run in runs):
             return  # its follower there does it, or whoever sweeps there
-        for run in runs:
-            agent.stop(run, 0)
         deadline = time.monotonic() + 10
         while runs and time.monotonic() < deadline:
-            # A supervisor writes how its trainer ended after that is dead, perhaps into a folder being deleted.
             for run in runs:
-                agent.stop(run, 0)
-                shutil.rmtree(run, ignore_errors=True)
+                # Not before all is dead: a kill takes a moment, and a supervisor still writes how its trainer ended.
+                if agent.stop(run, 0):
+                    shutil.rmtree(run, ignore_errors=True)
             runs = [run for run in runs if run.exists()]
+            if runs:
+                time.sleep(0.02)
         shutil.rmtree(directory)
 
     def half_removed(self) -> list[UUID]:
