@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import BinaryIO, Literal, Protocol, TypedDict
+from typing import Any, BinaryIO, Literal, NamedTuple, Protocol, TypedDict
 from uuid import UUID
 
 from experiments.models import Host, ModelRun
 from trainer.agent import Frame
 
-__all__ = ["Exit", "Frame", "Outcome", "Status", "Transport"]
+__all__ = ["Exit", "File", "Frame", "HostProblem", "Outcome", "Status", "Transport"]
 
 Outcome = Literal["started", "already", "finished"]
+
+
+class HostProblem(ConnectionError):
+    """The host cannot be worked with now. That says nothing of what trains there: whoever follows a run tries again.
+
+    `kind` is one of Host.Problem; the message is a sentence or two for people: what is wrong, and what to do.
+    """
+
+    def __init__(self, kind: Host.Problem | str, message: str):
+        super().__init__(message)
+        self.kind = Host.Problem(kind)
+        self.message = message
 
 
 class Exit(TypedDict, total=False):
@@ -35,13 +47,26 @@ class Status(TypedDict):
     exit: Exit | None
 
 
+class File(NamedTuple):
+    """A file of a run directory: its path from there, and its size in bytes."""
+
+    path: str
+    size: int
+
+
 class Transport(Protocol):
-    """Run directories on one host. Every call may be repeated; any raises OSError when the host cannot do it."""
+    """Run directories on one host. Every call may be repeated; any raises OSError when the host cannot do it.
+
+    :class:`HostProblem`, an OSError too, says that the host could not even be asked.
+    """
 
     def __init__(self, host: Host) -> None: ...
 
     def start(self, run: ModelRun) -> Outcome:
-        """Start the trainer of `run`'s attempt, detached, unless one is alive or this attempt has ended."""
+        """Start the trainer of `run`'s attempt, detached, unless one is alive or this attempt has ended.
+
+        What it needs and the host has not (the trainer itself, a user's text, the model it grows from) is sent first.
+        """
         ...
 
     def status(self, run: ModelRun) -> Status: ...
@@ -58,6 +83,18 @@ class Transport(Protocol):
         """A file of the run directory by its relative path. FileNotFoundError, also for a path that leads outside."""
         ...
 
+    def files(self, run: ModelRun, folder: str) -> list[File]:
+        """The files below a folder of the run directory, sorted; none where there is no such folder. No links."""
+        ...
+
+    def read(self, run: ModelRun, name: str, offset: int, limit: int) -> bytes:
+        """At most `limit` bytes of a file from `offset`; b"" at its end. FileNotFoundError as for `open_file`."""
+        ...
+
+    def digest(self, run: ModelRun, name: str) -> str:
+        """The SHA-256 of a file of the run directory, in hexadecimal."""
+        ...
+
     def disk_bytes(self, run: ModelRun) -> int:
         """What the run directory takes on the host's disk."""
         ...
@@ -68,4 +105,8 @@ class Transport(Protocol):
 
     def half_removed(self) -> list[UUID]:
         """Experiments whose removal was begun on this host and cut short."""
+        ...
+
+    def readings(self) -> dict[str, Any]:
+        """How the machine stands now, its GPUs among it: :func:`trainer.machine.readings`."""
         ...

@@ -1,4 +1,4 @@
-"""The index of what happens in run directories: experiments, their model runs, points on their curves, hosts.
+"""The index of what happens in run directories: experiments, their model runs, points on their curves.
 
 A run directory is the truth; these rows can be rebuilt from it. What is *wanted* (run, stop; which attempt) is written
 by the site; what is *known* (state, offset, metrics) is written by the one job that follows the run.
@@ -16,6 +16,7 @@ from django.db.models import Q
 from django.utils import timezone
 
 from accounts.models import User
+from experiments.models.hosts import Host
 from trainer.spec import ExperimentSpec, ModelSpec, parse_spec
 
 
@@ -45,7 +46,9 @@ class Reason(models.TextChoices):
     """What the person reads: why a run is in its state."""
 
     WAITING_FOR_SLOT = "waiting_for_slot", "waiting for a free place on the host"
+    WAITING_FOR_GPU = "waiting_for_gpu", "waiting for a free GPU on the host"
     WAITING_FOR_PARENT = "waiting_for_parent", "waiting for the model it is grown from"
+    SENDING = "sending", "sending what it needs to the host"
     STARTING = "starting", "starting"
     PREPARING = "preparing", "preparing data"
     TRAINING = "training", "training"
@@ -61,34 +64,6 @@ class Reason(models.TextChoices):
     BAD_CHECKPOINT = "bad_checkpoint", "the checkpoint could not be used"
     LOST = "lost", "the host has no record of the process"
     ERROR = "error", "the trainer ended with an error"
-
-
-class Host(models.Model):
-    """Where runs train."""
-
-    class Kind(models.TextChoices):
-        LOCAL = "local", "this machine"
-        WORKER = "worker", "a machine with a worker of its own"
-
-    name = models.CharField(max_length=80, unique=True)
-    kind = models.CharField(max_length=8, choices=Kind, default=Kind.LOCAL)
-    slots = models.PositiveSmallIntegerField(default=1, help_text="How many runs train there at once.")
-    created = models.DateTimeField(auto_now_add=True)
-    last_seen = models.DateTimeField(null=True, blank=True)
-
-    def __str__(self) -> str:
-        return self.name
-
-    @property
-    def queue(self) -> str:
-        """The RQ queue of this host's jobs: runs are followed where they train."""
-        return "default" if self.kind == self.Kind.LOCAL else f"host-{self.name}"
-
-    @classmethod
-    def local(cls) -> Host:
-        return cls.objects.get_or_create(
-            kind=cls.Kind.LOCAL, defaults={"name": "this machine", "slots": settings.LOCAL_SLOTS}
-        )[0]
 
 
 class ExperimentQuerySet(models.QuerySet["Experiment"]):
@@ -118,7 +93,7 @@ class Experiment(models.Model):
     name = models.CharField(max_length=120)
     notes = models.TextField(blank=True, max_length=20_000)
     spec_json = models.JSONField()
-    host = models.ForeignKey(Host, models.PROTECT, related_name="experiments")
+    host = models.ForeignKey(Host, models.RESTRICT, related_name="experiments", help_text="Where its runs train.")
     is_public = models.BooleanField(default=False, help_text="Shown, read-only, to everybody.")
     created = models.DateTimeField(default=timezone.now, db_index=True)
 
@@ -165,6 +140,8 @@ class ModelRun(models.Model):
     parent = models.ForeignKey("self", models.CASCADE, null=True, blank=True, related_name="children")
 
     # What is wanted: written by the site.
+    host = models.ForeignKey(Host, models.RESTRICT, related_name="runs")
+    gpus_wanted = models.PositiveSmallIntegerField(default=1, help_text="How many GPUs, on a host that has some.")
     stop_requested = models.BooleanField(default=False)
     attempt = models.PositiveIntegerField(default=1)
 
@@ -173,6 +150,7 @@ class ModelRun(models.Model):
     reason = models.CharField(max_length=24, choices=Reason, default=Reason.WAITING_FOR_SLOT)
     detail = models.TextField(blank=True, help_text="More than the reason says: a message, the last lines of the log.")
     offset = models.BigIntegerField(default=0, help_text="Bytes of events.jsonl that are in the database.")
+    log_offset = models.BigIntegerField(default=0, help_text="Bytes of log.txt that are here, of a run on a host.")
     last_seq = models.BigIntegerField(default=-1)
     step = models.PositiveIntegerField(default=0)
     total_steps = models.PositiveIntegerField(null=True, blank=True)
@@ -191,6 +169,7 @@ class ModelRun(models.Model):
     grown = models.JSONField(null=True, blank=True, help_text="The `grown` event: what growth did at step 0.")
     finished = models.JSONField(null=True, blank=True, help_text="The `finished` event.")
     disk_bytes = models.BigIntegerField(default=0)
+    gpus = models.JSONField(default=list, blank=True, help_text="UUIDs of the GPUs it has been given.")
 
     queued_at = models.DateTimeField(default=timezone.now)
     started_at = models.DateTimeField(null=True, blank=True)
@@ -292,3 +271,47 @@ class Note(models.Model):
 
     def __str__(self) -> str:
         return f"{self.kind}, event {self.seq}"
+
+
+class Transfer(models.Model):
+    """A finished model or a checkpoint on its way from a host to this machine's copy of the run directory."""
+
+    class State(models.TextChoices):
+        WANTED = "wanted"
+        RUNNING = "running"
+        DONE = "done"
+        FAILED = "failed"
+
+    run = models.ForeignKey(ModelRun, models.CASCADE, related_name="transfers")
+    name = models.CharField(max_length=40, help_text="model, or step-000400.")
+    state = models.CharField(max_length=8, choices=State, default=State.WANTED)
+    bytes_done = models.BigIntegerField(default=0)
+    bytes_total = models.BigIntegerField(null=True)
+    error = models.TextField(blank=True)
+    created = models.DateTimeField(default=timezone.now)
+    ended_at = models.DateTimeField(null=True, blank=True)
+
+    class Meta:
+        ordering = ("created",)
+        constraints: ClassVar[list[models.BaseConstraint]] = [
+            models.UniqueConstraint(fields=["run", "name"], name="a_transfer_once")
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.name} of {self.run}"
+
+
+class Removal(models.Model):
+    """The folder of a deleted experiment, still to be removed from a host: it may not answer now."""
+
+    experiment_id = models.UUIDField()
+    host = models.ForeignKey(Host, models.CASCADE, related_name="removals")
+    created = models.DateTimeField(default=timezone.now)
+
+    class Meta:
+        constraints: ClassVar[list[models.BaseConstraint]] = [
+            models.UniqueConstraint(fields=["experiment_id", "host"], name="a_removal_once")
+        ]
+
+    def __str__(self) -> str:
+        return f"experiment {self.experiment_id} on {self.host}"
