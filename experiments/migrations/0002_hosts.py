@@ -142,7 +142,7 @@ class Migration(migrations.Migration):
         migrations.AddField(
             model_name='host',
             name='owner',
-            field=models.ForeignKey(blank=True, null=True, on_delete=django.db.models.deletion.CASCADE, related_name='hosts', to=settings.AUTH_USER_MODEL),
+            field=models.ForeignKey(blank=True, null=True, on_delete=django.db.models.deletion.SET_NULL, related_name='hosts', to=settings.AUTH_USER_MODEL),
         ),
         migrations.AddField(
             model_name='host',
@@ -238,11 +238,6 @@ class Migration(migrations.Migration):
             model_name='modelrun',
             name='host',
             field=models.ForeignKey(null=True, on_delete=django.db.models.deletion.RESTRICT, related_name='runs', to='experiments.host'),
-        ),
-        migrations.AddField(
-            model_name='modelrun',
-            name='log_offset',
-            field=models.BigIntegerField(default=0, help_text='Bytes of log.txt that are here, of a run on a host.'),
         ),
         migrations.AlterField(
             model_name='experiment',

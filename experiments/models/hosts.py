@@ -65,7 +65,7 @@ class Host(models.Model):
     identity = models.UUIDField(default=uuid.uuid4, editable=False, help_text="Ciphertext is bound to it.")
     name = models.CharField(max_length=80)
     kind = models.CharField(max_length=8, choices=Kind, default=Kind.LOCAL)
-    owner = models.ForeignKey(settings.AUTH_USER_MODEL, models.CASCADE, null=True, blank=True, related_name="hosts")
+    owner = models.ForeignKey(settings.AUTH_USER_MODEL, models.SET_NULL, null=True, blank=True, related_name="hosts")
     offered = models.BooleanField(default=False, help_text="Every user may train on it.")
     slots = models.PositiveSmallIntegerField(
         default=1,

@@ -150,7 +150,6 @@ class ModelRun(models.Model):
     reason = models.CharField(max_length=24, choices=Reason, default=Reason.WAITING_FOR_SLOT)
     detail = models.TextField(blank=True, help_text="More than the reason says: a message, the last lines of the log.")
     offset = models.BigIntegerField(default=0, help_text="Bytes of events.jsonl that are in the database.")
-    log_offset = models.BigIntegerField(default=0, help_text="Bytes of log.txt that are here, of a run on a host.")
     last_seq = models.BigIntegerField(default=-1)
     step = models.PositiveIntegerField(default=0)
     total_steps = models.PositiveIntegerField(null=True, blank=True)
