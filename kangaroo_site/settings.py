@@ -198,6 +198,9 @@ ACCOUNT_AUTHENTICATED_LOGIN_REDIRECTS = False  # a guest is signed in, and must 
 GUEST_IDLE_DAYS = env.int("GUEST_IDLE_DAYS", 30)
 # A session is all that leads a guest to their work, so it lasts as long; each hour of use begins it anew.
 SESSION_COOKIE_AGE = max(14, GUEST_IDLE_DAYS + 1) * 24 * 3600
+#: Keys for secrets at rest, newest first (accounts/ring.py). In a file of their own where none is named here.
+CREDENTIAL_KEYS: list[str] = env.list("CREDENTIAL_KEYS", [])
+CREDENTIAL_KEYS_FILE = VAR / "credential-keys"
 LOGIN_REDIRECT_URL = "profile"
 LOGIN_URL = "account_login"
 EMAIL_CONFIG = env.dj_email_url("EMAIL_URL", "console:")
