@@ -26,11 +26,12 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +44,10 @@ CHUNK = 256 * 1024
 _LOG_LINES = 20
 #: A lock that was not touched for so many seconds has lost the supervisor that touches it.
 _SIGN_OF_LIFE = 120.0
+#: In the environment of all that a trainer starts: its run directory. Who leaves its process group is found by it.
+_MARK = "KANGAROO_RUN"
+#: In an experiment's directory whose removal has begun.
+_REMOVED = ".removed"
 
 
 # Who is who: a pid means something only with its start time and the boot it belongs to --------------------------------
@@ -94,8 +99,13 @@ def start(
     *,
     threads: int | None = None,
     env: Mapping[str, str] | None = None,
+    command: Sequence[str] | None = None,
+    launcher: Sequence[str] = (),
 ) -> str:
     """Start the trainer of `directory`; safe to call any number of times, from anywhere, at once.
+
+    `command` is run in its place, where given, and watched and recorded in the same way. `launcher` is a command that
+    runs the supervisor's, which it gets as its arguments.
 
     Returns "started"; "already" if a trainer is alive there (of this attempt or of an earlier one); "finished" if this
     attempt has ended. An attempt whose machine was started anew meanwhile is simply started again: it goes on from its
@@ -116,10 +126,14 @@ def start(
             if known["exit"].get("lost"):
                 _write(directory / "exit.json", known["exit"])  # so that nobody needs to conclude it again
             return "finished"
+        _kill_strays(directory)
         for stale in ("stop", "exit.json", "process.json"):
             with contextlib.suppress(FileNotFoundError):
                 (directory / stale).unlink()
-        _leave_supervisor(directory, attempt, lock, {**(os.environ if env is None else env)}, threads)
+        env = {**(os.environ if env is None else env), "KANGAROO_ATTEMPT": str(attempt)}
+        if threads:
+            env["KANGAROO_THREADS"] = str(threads)
+        _leave_supervisor(directory, attempt, lock, env, command, launcher)
         return "started"
     finally:
         os.close(lock)
@@ -133,19 +147,24 @@ def _locked(lock: int) -> bool:
     return True
 
 
-def _leave_supervisor(directory: Path, attempt: int, lock: int, env: dict[str, str], threads: int | None) -> None:
+def _leave_supervisor(
+    directory: Path,
+    attempt: int,
+    lock: int,
+    env: Mapping[str, str],
+    command: Sequence[str] | None,
+    launcher: Sequence[str],
+) -> None:
     # A fresh interpreter rather than a fork of the caller: it holds none of the caller's memory, threads or
     # connections. It forks once more and so belongs to init; the pipe says when process.json stands.
-    env["KANGAROO_ATTEMPT"] = str(attempt)
-    if threads:
-        env["KANGAROO_THREADS"] = str(threads)
     ready, told = os.pipe()
     try:
-        command = [sys.executable, "-m", "trainer.agent", "supervise", str(directory.resolve())]
-        command += ["--attempt", str(attempt), "--lock", str(lock), "--ready", str(told)]
+        supervisor = [*launcher, sys.executable, "-m", "trainer.agent", "supervise", str(directory.resolve())]
+        supervisor += ["--attempt", str(attempt), "--lock", str(lock), "--ready", str(told)]
+        supervisor += ["--instead", json.dumps(list(command))] if command else []
         with open(directory / "log.txt", "ab") as log:
             subprocess.run(
-                command,
+                supervisor,
                 cwd=ROOT,
                 env=env,
                 stdin=subprocess.DEVNULL,
@@ -153,11 +172,14 @@ def _leave_supervisor(directory: Path, attempt: int, lock: int, env: dict[str, s
                 stderr=log,
                 pass_fds=(lock, told),
                 start_new_session=True,
-                check=True,
+                check=False,
             )
         os.close(told)
         told = -1
-        if os.read(ready, 1) != b"1":
+        answer = os.read(ready, 16)
+        if answer.isdigit():
+            raise OSError(int(answer), os.strerror(int(answer)), str(directory))
+        if answer != b"ready":
             raise OSError(f"the supervisor of {directory} ended at once; log.txt there says why")
     finally:
         os.close(ready)
@@ -165,38 +187,49 @@ def _leave_supervisor(directory: Path, attempt: int, lock: int, env: dict[str, s
             os.close(told)
 
 
-def _supervise(directory: Path, attempt: int, lock: int, ready: int) -> None:
+def _supervise(directory: Path, attempt: int, lock: int, ready: int, instead: list[str] | None) -> None:
     """Run the trainer, wait for it, write how it ended. Leads its own session; its parent is gone."""
     if os.fork():
         os._exit(0)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    command = _command(directory)
+    processes = 1 if instead or os.environ.get("KANGAROO_TRAINER") else int(os.environ.get("KANGAROO_PROCESSES") or 1)
+    command = instead or _command(directory, processes)
     record: dict[str, Any] = {
         "attempt": attempt,
         "boot_id": boot_id(),
         "hostname": os.uname().nodename,
         "command": command,
+        "processes": processes,
         "at": time.time(),
         "supervisor": identity(os.getpid()),
         "trainer": None,
     }
-    _write(directory / "process.json", record)
+    try:
+        _write(directory / "process.json", record)
+    except OSError as error:  # a full disk, most likely: whoever wanted the start is told
+        os.write(ready, str(error.errno).encode())
+        raise
     oom_kills = _oom_kills()
     try:
         trainer = subprocess.Popen(  # a session of its own, so that its whole group can be stopped
-            command, cwd=ROOT, stdin=subprocess.DEVNULL, pass_fds=(lock,), start_new_session=True
+            command,
+            cwd=ROOT,
+            env={**os.environ, _MARK: str(directory)},
+            stdin=subprocess.DEVNULL,
+            pass_fds=(lock,),
+            start_new_session=True,
         )
     except OSError as error:
         print(f"cannot start {command[0]}: {error}", flush=True)
         _write(directory / "exit.json", _exit(directory, attempt, 127, False))
-        os.write(ready, b"1")
+        os.write(ready, b"ready")
         return
     with contextlib.suppress(OSError):  # where memory runs out, what can be resumed goes before what serves the site
         Path(f"/proc/{trainer.pid}/oom_score_adj").write_text("500")
     record["trainer"] = identity(trainer.pid)
     _write(directory / "process.json", record)
-    os.write(ready, b"1")
+    os.write(ready, b"ready")
     os.close(ready)
 
     beats = 0
@@ -206,30 +239,34 @@ def _supervise(directory: Path, attempt: int, lock: int, ready: int) -> None:
             break
         except subprocess.TimeoutExpired:
             beats += 1
-            _act_on_stop(directory, record["trainer"])
+            _act_on_stop(directory, record)
             if beats % 10 == 0:
                 os.utime(lock)
                 oom_kills = _oom_kills()
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(trainer.pid, signal.SIGKILL)  # whatever it left behind
-    _write(directory / "exit.json", _exit(directory, attempt, code, _oom_kills() > oom_kills))
+    _kill(directory, trainer.pid)  # whatever it left behind
+    # Of several processes it is one of the workers that the kernel kills, and torchrun that ends with a code.
+    killed = code == -signal.SIGKILL or (processes > 1 and code != 0)
+    _write(directory / "exit.json", _exit(directory, attempt, code, killed and _oom_kills() > oom_kills))
 
 
-def _command(directory: Path) -> list[str]:
+def _command(directory: Path, processes: int) -> list[str]:
     if override := os.environ.get("KANGAROO_TRAINER"):  # tests put a quicker trainer in its place
         program = json.loads(override) if override.startswith("[") else [sys.executable, override]
+    elif processes > 1:
+        torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        program = [sys.executable, "-m", *torchrun, "-m", "trainer"]
     else:
         program = [sys.executable, "-m", "trainer"]
     spec, out = str(directory / "spec.json"), str(directory.parent)
     return [*program, "run", spec, "--out", out, "--only", directory.name, "--resume"]
 
 
-def _exit(directory: Path, attempt: int, code: int, memory_ran_out: bool) -> dict[str, Any]:
+def _exit(directory: Path, attempt: int, code: int, out_of_memory: bool) -> dict[str, Any]:
     return {
         "attempt": attempt,
         "code": code if code >= 0 else None,
         "signal": -code if code < 0 else None,
-        "out_of_memory": code == -signal.SIGKILL and memory_ran_out,
+        "out_of_memory": out_of_memory,
         "at": time.time(),
         "log": last_lines(directory / "log.txt"),
     }
@@ -356,24 +393,90 @@ def stop(directory: str | Path, grace: float = GRACE, *, wait: bool = False) -> 
     while True:
         process = _read(directory / "process.json")
         if process and (grace <= 0 or not is_alive(process["supervisor"])):
-            _act_on_stop(directory, process["trainer"])
+            _act_on_stop(directory, process)
         gone = not status(directory)["alive"]
         if gone or not wait:
             return gone
         time.sleep(0.1)
 
 
-def _act_on_stop(directory: Path, trainer: Mapping[str, Any] | None) -> None:
-    path = directory / "stop"
+def _act_on_stop(directory: Path, process: Mapping[str, Any]) -> None:
+    path, trainer = directory / "stop", process["trainer"]
     if trainer is None or not path.exists() or not is_alive(trainer):
         return
     asked = _read(path) or {"at": path.stat().st_mtime, "grace": GRACE}
+    waited, grace = time.time() - asked["at"], asked["grace"]
+    # torchrun, at SIGTERM, gives its workers 30 s and then kills them in the middle of their checkpoint. All of them
+    # heed the file, so where there are several, the signal comes late, for those that do not come to look at it.
+    patience = max(grace / 2, grace - 30) if process.get("processes", 1) > 1 else 0
     with contextlib.suppress(ProcessLookupError, PermissionError):
-        if time.time() >= asked["at"] + asked["grace"]:
-            os.killpg(trainer["pid"], signal.SIGKILL)
-        elif not asked.get("signalled"):
+        if waited >= grace:
+            _kill(directory, trainer["pid"])
+        elif waited >= patience and not asked.get("signalled"):
             os.killpg(trainer["pid"], signal.SIGTERM)
             _write(path, {**asked, "signalled": True})
+
+
+def _kill(directory: Path, pid: int) -> None:
+    """Kill a trainer, or what is left of it: its process group, and those that torchrun gave a session of their own."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+    _kill_strays(directory)
+
+
+def _kill_strays(directory: Path) -> None:
+    mark = b"\0%s=%s\0" % (_MARK.encode(), os.fsencode(directory.resolve()))
+    for _ in range(10):  # one that is being forked just now is seen the next time
+        found = False
+        for environment in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):  # gone meanwhile, or somebody else's
+                if mark in b"\0" + environment.read_bytes():
+                    os.kill(int(environment.parent.name), signal.SIGKILL)
+                    found = True
+        if not found:
+            return
+        time.sleep(0.01)
+
+
+# Remove ---------------------------------------------------------------------------------------------------------------
+
+
+def remove(experiment: str | Path) -> None:
+    """Kill what still trains in an experiment's directory, and delete it; cut short, it can be taken up again."""
+    experiment = Path(experiment)
+    if not experiment.exists():
+        return
+    (experiment / _REMOVED).touch()
+    runs = [path for path in experiment.iterdir() if path.is_dir()]
+    if any(belongs_elsewhere(run) for run in runs):
+        return  # its follower there does it, or whoever sweeps there
+    deadline = time.monotonic() + 10
+    while runs and time.monotonic() < deadline:
+        for run in runs:
+            # Not before all is dead: a kill takes a moment, and a supervisor still writes how its trainer ended.
+            if stop(run, 0):
+                shutil.rmtree(run, ignore_errors=True)
+        runs = [run for run in runs if run.exists()]
+        if runs:
+            time.sleep(0.02)
+    shutil.rmtree(experiment)
+
+
+def half_removed(experiments: str | Path) -> list[str]:
+    """The names of the directories whose removal was begun and cut short."""
+    return sorted(mark.parent.name for mark in Path(experiments).glob(f"*/{_REMOVED}"))
+
+
+def disk_bytes(directory: str | Path) -> int:
+    """What a directory takes on the disk."""
+    total = 0
+    for parent, _, files in os.walk(directory):
+        for name in files:
+            try:
+                total += os.lstat(os.path.join(parent, name)).st_blocks * 512
+            except FileNotFoundError:
+                continue  # an older checkpoint, deleted meanwhile
+    return total
 
 
 # Tail -----------------------------------------------------------------------------------------------------------------
@@ -446,13 +549,14 @@ def main(arguments: list[str] | None = None) -> int:
         if name == "supervise":
             command.add_argument("--lock", type=int, required=True)
             command.add_argument("--ready", type=int, required=True)
+            command.add_argument("--instead", type=json.loads)
         if name == "stop":
             command.add_argument("--grace", type=float, default=GRACE)
         if name == "tail":
             command.add_argument("offset", type=int, nargs="?", default=0)
     given = parser.parse_args(arguments)
     if given.command == "supervise":
-        _supervise(given.directory, given.attempt, given.lock, given.ready)
+        _supervise(given.directory, given.attempt, given.lock, given.ready, given.instead)
         return 0
     print(SENTINEL, flush=True)
     if given.command == "start":

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
-import shutil
-import time
 from collections.abc import Iterator
-from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 from uuid import UUID
 
 from django.conf import settings
 
 from experiments.models import Host, ModelRun
-from experiments.transport.base import Frame, Outcome, Status
-from trainer import agent
+from experiments.transport.base import File, Frame, Outcome, Status
+from trainer import agent, machine
 
 #: What a trainer must not inherit: it runs other people's data, and has no use for the site's secrets.
 _SECRET = re.compile(
@@ -27,8 +25,12 @@ _SECRET = re.compile(
 #: What names the operator's token of the Hugging Face Hub.
 _HF_TOKEN = ("HF_TOKEN", "HF_TOKEN_PATH", "HUGGING_FACE_HUB_TOKEN")
 
-#: In an experiment's directory whose removal has begun.
-_REMOVED = ".removed"
+
+def _gpus(run: ModelRun) -> dict[str, str]:
+    """Which GPUs the trainer sees, where it has been given some, and how many processes it is."""
+    if not run.gpus:
+        return {}
+    return {"CUDA_VISIBLE_DEVICES": ",".join(run.gpus), "KANGAROO_PROCESSES": str(len(run.gpus))}
 
 
 class Local:
@@ -42,7 +44,7 @@ class Local:
             written = spec.with_name(f".spec.json.{os.getpid()}")
             written.write_text(run.experiment.spec.to_json())
             written.replace(spec)
-        return cast(Outcome, agent.start(run.directory, run.attempt, env=self.environment()))
+        return cast(Outcome, agent.start(run.directory, run.attempt, env=self.environment() | _gpus(run)))
 
     def environment(self) -> dict[str, str]:
         """Of the trainer: its share of the cores, the common data cache, none of the site's secrets."""
@@ -74,39 +76,31 @@ class Local:
             raise FileNotFoundError(name)
         return path.open("rb")
 
+    def files(self, run: ModelRun, folder: str) -> list[File]:
+        directory = run.directory.resolve()
+        found = (directory / folder).resolve()
+        if not found.is_relative_to(directory):
+            raise FileNotFoundError(folder)
+        paths = sorted(path for path in found.rglob("*") if path.is_file() and not path.is_symlink())
+        return [File(str(path.relative_to(directory)), path.stat().st_size) for path in paths]
+
+    def read(self, run: ModelRun, name: str, offset: int, limit: int) -> bytes:
+        with self.open_file(run, name) as file:
+            file.seek(offset)
+            return file.read(limit)
+
+    def digest(self, run: ModelRun, name: str) -> str:
+        with self.open_file(run, name) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
     def disk_bytes(self, run: ModelRun) -> int:
-        return _size(run.directory)
+        return agent.disk_bytes(run.directory)
 
     def remove(self, experiment: UUID) -> None:
-        directory = settings.RUNS_DIR / str(experiment)
-        if not directory.exists():
-            return
-        mark = directory / _REMOVED
-        mark.touch()
-        runs = [path for path in directory.iterdir() if path.is_dir()]
-        if any(agent.belongs_elsewhere(run) for run in runs):
-            return  # its follower there does it, or whoever sweeps there
-        deadline = time.monotonic() + 10
-        while runs and time.monotonic() < deadline:
-            for run in runs:
-                # Not before all is dead: a kill takes a moment, and a supervisor still writes how its trainer ended.
-                if agent.stop(run, 0):
-                    shutil.rmtree(run, ignore_errors=True)
-            runs = [run for run in runs if run.exists()]
-            if runs:
-                time.sleep(0.02)
-        shutil.rmtree(directory)
+        agent.remove(settings.RUNS_DIR / str(experiment))
 
     def half_removed(self) -> list[UUID]:
-        return [UUID(mark.parent.name) for mark in settings.RUNS_DIR.glob(f"*/{_REMOVED}")]
+        return [UUID(name) for name in agent.half_removed(settings.RUNS_DIR)]
 
-
-def _size(directory: Path) -> int:
-    total = 0
-    for parent, _, files in os.walk(directory):
-        for name in files:
-            try:
-                total += os.lstat(os.path.join(parent, name)).st_blocks * 512
-            except FileNotFoundError:
-                continue  # an older checkpoint, deleted meanwhile
-    return total
+    def readings(self) -> dict[str, Any]:
+        return machine.readings(settings.RUNS_DIR)
