@@ -46,11 +46,25 @@ def _kept_secret(name: str) -> str:
     return path.read_text()
 
 
+def _socket(name: str) -> Path:
+    """Where a process of ours listens: in its folder in `var/`, or, where that path is too long, elsewhere."""
+    path = VAR / name / f"{name}.sock"
+    if len(os.fsencode(path)) <= 103:  # longer paths are refused by the system (104 bytes on macOS, 108 on Linux)
+        return path
+    runtime = Path(env.str("XDG_RUNTIME_DIR", "") or tempfile.gettempdir())
+    return runtime / f"kangaroo-{os.getuid()}-{hashlib.sha256(os.fsencode(VAR)).hexdigest()[:12]}" / f"{name}.sock"
+
+
 # Security -------------------------------------------------------------------------------------------------------------
 DEBUG = env.bool("DEBUG", False)
 SECRET_KEY = env.str("SECRET_KEY", "") or _kept_secret("secret-key")
 ALLOWED_HOSTS = env.list("ALLOWED_HOSTS", ["localhost", "127.0.0.1", "[::1]"])
 CSRF_TRUSTED_ORIGINS: list[str] = env.list("CSRF_TRUSTED_ORIGINS", [])
+
+#: Keys that stored credentials are encrypted with, newest first; by default those in a file that is made at first use.
+CREDENTIAL_KEYS: list[str] = env.list("CREDENTIAL_KEYS", [])
+CREDENTIAL_KEYS_FILE = VAR / "credential-keys"
+DEFAULT_EXCEPTION_REPORTER_FILTER = "experiments.credentials.ReportFilter"
 
 #: True where the site is reached over https (through a proxy that sets X-Forwarded-Proto).
 HTTPS = env.bool("HTTPS", False)
@@ -89,6 +103,8 @@ INSTALLED_APPS = [
     "django.contrib.humanize",
     "allauth",
     "allauth.account",
+    "allauth.mfa",
+    "allauth.usersessions",
     "csp",
     "django_htmx",
     "django_rq",
@@ -155,13 +171,7 @@ CACHES = {
 # Queue: an embedded broker on a socket in var/ unless REDIS_URL names another -----------------------------------------
 REDIS_URL = env.str("REDIS_URL", "")
 BROKER_DIR = VAR / "broker"
-BROKER_SOCKET = BROKER_DIR / "broker.sock"
-if len(os.fsencode(BROKER_SOCKET)) > 103:  # longer paths are refused by the system (104 bytes on macOS, 108 on Linux)
-    BROKER_SOCKET = (
-        Path(env.str("XDG_RUNTIME_DIR", "") or tempfile.gettempdir())
-        / f"kangaroo-{os.getuid()}-{hashlib.sha256(os.fsencode(VAR)).hexdigest()[:12]}"
-        / "broker.sock"
-    )
+BROKER_SOCKET = _socket("broker")
 RQ_QUEUES = {
     "default": {"URL": REDIS_URL or f"unix://{BROKER_SOCKET}", "DB": 0, "DEFAULT_TIMEOUT": -1},
 }
@@ -196,11 +206,28 @@ ALLAUTH_TRUSTED_PROXY_COUNT = env.int("TRUSTED_PROXY_COUNT", 0)
 ACCOUNT_AUTHENTICATED_LOGIN_REDIRECTS = False  # a guest is signed in, and must be able to sign up
 #: Guests idle for longer are removed with their work.
 GUEST_IDLE_DAYS = env.int("GUEST_IDLE_DAYS", 30)
-# A session is all that leads a guest to their work, so it lasts as long; each hour of use begins it anew.
+# A session is all that leads a guest to their work, so it lasts as long; use begins it anew.
 SESSION_COOKIE_AGE = max(14, GUEST_IDLE_DAYS + 1) * 24 * 3600
 #: Keys for secrets at rest, newest first (accounts/ring.py). In a file of their own where none is named here.
 CREDENTIAL_KEYS: list[str] = env.list("CREDENTIAL_KEYS", [])
 CREDENTIAL_KEYS_FILE = VAR / "credential-keys"
+MFA_ADAPTER = "accounts.second_factor.Adapter"
+MFA_SUPPORTED_TYPES = ["totp", "webauthn", "recovery_codes"]
+MFA_FORMS = {
+    "authenticate": "accounts.forms.CodeForm",
+    "reauthenticate": "accounts.forms.CodeAgainForm",
+    "activate_totp": "accounts.forms.FirstCodeForm",
+    "add_webauthn": "accounts.forms.PasskeyForm",
+    "edit_webauthn": "accounts.forms.PasskeyNameForm",
+}
+MFA_TOTP_ISSUER = "Kangaroo"
+# A passkey signs in alone, so it must have checked who holds it (a PIN, a finger). Browsers offer passkeys on https and
+# on localhost only; both are origins that are accepted without MFA_WEBAUTHN_ALLOW_INSECURE_ORIGIN.
+MFA_PASSKEY_LOGIN_ENABLED = True
+MFA_WEBAUTHN_USER_VERIFICATION = "required"
+#: Where addresses need not be confirmed (no mail can be sent, perhaps), a second factor does not ask for it either.
+MFA_ALLOW_UNVERIFIED_EMAIL = ACCOUNT_EMAIL_VERIFICATION != "mandatory"
+USERSESSIONS_TRACK_ACTIVITY = True  # by accounts.middleware, which does not write with every request
 LOGIN_REDIRECT_URL = "profile"
 LOGIN_URL = "account_login"
 EMAIL_CONFIG = env.dj_email_url("EMAIL_URL", "console:")
@@ -252,6 +279,15 @@ MAX_DISK_GB_PER_USER = env.int("MAX_DISK_GB_PER_USER", 50)
 MAX_TEXT_GB = env.float("MAX_TEXT_GB", 20.0)
 #: With less room than this left, nothing new is taken on. 0: no matter.
 MIN_FREE_DISK_GB = env.float("MIN_FREE_DISK_GB", 1.0)
+
+# GPU hosts ------------------------------------------------------------------------------------------------------------
+#: Where the collector listens for what other processes want of a host.
+KEEPER_SOCKET = _socket("keeper")
+#: Addresses that hosts may have: networks, and the words public, private, loopback, link-local. What is loopback,
+#: link-local or a cloud's metadata service is refused unless a word or network names it.
+HOSTS_ALLOW: list[str] = env.list("HOSTS_ALLOW", ["public", "private"])
+#: Ports that they may have; empty: any.
+HOSTS_PORTS: list[int] = env.list("HOSTS_PORTS", [], subcast=int)
 
 # Log to standard error, which the supervisor passes through -----------------------------------------------------------
 LOGGING = {

@@ -1,0 +1,123 @@
+"""Asking a host something, from any process of the site: by the socket of the keeper, which holds the connections.
+
+`call` blocks until the answer is there. Each thread has a connection to the keeper of its own.
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import os
+import socket
+import threading
+from typing import Any, BinaryIO
+
+from django.conf import settings
+
+from experiments.models import Host
+from experiments.transport.base import HostProblem
+from trainer import wire
+
+#: The keeper ends a request that takes too long; this many seconds later it is taken for dead itself.
+_PATIENCE = 5.0
+
+
+class _Line(threading.local):
+    """This thread's connection. A forked process inherits it and must not use it: its parent does."""
+
+    pid = 0
+    connection: socket.socket | None = None
+    reader: BinaryIO | None = None
+
+
+_line = _Line()
+
+
+def call(host: int, op: str, payload: bytes = b"", *, timeout: float = 60, **arguments: Any) -> tuple[Any, bytes]:
+    """Ask the host of this primary key for `op`, within `timeout` seconds: the answer, and the bytes that came with it.
+
+    Raises :class:`HostProblem` where the host cannot be asked; OSError of the fitting kind, or ValueError, where it
+    could not do it.
+    """
+    message = wire.pack({"id": 0, "host": host, "op": op, "timeout": timeout, **arguments}, payload)
+    try:
+        header, answer = _exchange(message, timeout + _PATIENCE)
+    except HostProblem:
+        raise
+    except TimeoutError:
+        _hang_up()
+        raise HostProblem(
+            Host.Problem.UNREACHABLE, "The site's collector does not answer; it is tried again."
+        ) from None
+    except (OSError, wire.WireError):
+        _hang_up()
+        raise HostProblem(
+            Host.Problem.UNREACHABLE, "The site's collector ended before it had an answer; it is tried again."
+        ) from None
+    if "error" in header:
+        raise _error(header["error"])
+    return header.get("ok"), answer
+
+
+def _exchange(message: bytes, patience: float) -> tuple[dict[str, Any], bytes]:
+    for reused in ([True] if _is_open() else []) + [False]:
+        connection, reader = _connected()
+        connection.settimeout(patience)
+        try:
+            connection.sendall(message)
+            if answer := wire.read(reader):
+                return answer
+        except TimeoutError:
+            raise
+        except OSError:
+            if not reused:
+                raise
+        # The keeper was started anew since this thread last spoke to it. Whatever was asked may be asked twice.
+        _hang_up()
+    raise ConnectionResetError
+
+
+def _is_open() -> bool:
+    return _line.connection is not None and _line.pid == os.getpid()
+
+
+def _connected() -> tuple[socket.socket, BinaryIO]:
+    if not _is_open():
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            connection.connect(str(settings.KEEPER_SOCKET))
+        except OSError:
+            connection.close()
+            raise HostProblem(
+                Host.Problem.UNREACHABLE,
+                "The site's collector is not running; without it no host is reached. The operator starts it with "
+                "`manage.py up` or `manage.py collect`.",
+            ) from None
+        _line.pid, _line.connection, _line.reader = os.getpid(), connection, connection.makefile("rb")
+    assert _line.connection is not None
+    assert _line.reader is not None
+    return _line.connection, _line.reader
+
+
+def _hang_up() -> None:
+    with contextlib.suppress(OSError):
+        if _line.reader is not None:
+            _line.reader.close()
+        if _line.connection is not None:
+            _line.connection.close()
+    _line.reader = _line.connection = None
+
+
+def _error(said: dict[str, Any]) -> Exception:
+    """What the far side raised, as one of a few kinds; its text is the far side's."""
+    kind, message, number = said.get("type"), str(said.get("message", "")), said.get("errno")
+    if kind == "HostProblem":
+        return HostProblem(said["kind"], message)
+    if kind == "ValueError":
+        return ValueError(message)
+    if isinstance(number, int):
+        return OSError(number, message)
+    known = getattr(builtins, str(kind), None)
+    if isinstance(known, type) and issubclass(known, OSError):
+        return known(message)
+    return OSError(f"{kind}: {message}")
