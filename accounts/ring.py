@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from cryptography.fernet import Fernet, MultiFernet
@@ -18,6 +19,11 @@ from django.conf import settings
 
 class KeyRingError(Exception):
     """The ring cannot be had: a key is not one, or the file cannot be read."""
+
+
+#: Each says whether something in the database waits for the ring. If so, a file that is not there was lost: a new one
+#: would only hide that. An app whose rows are encrypted adds its own when it is ready.
+waiting: list[Callable[[], bool]] = []
 
 
 def ring() -> MultiFernet:
@@ -43,6 +49,12 @@ def _kept(path: Path) -> list[str]:
     try:
         found = path.read_text().split()
     except FileNotFoundError:
+        if any(waits() for waits in waiting):
+            raise KeyRingError(
+                f"The key ring {path} is gone, and what is stored encrypted cannot be opened without it. Put the file "
+                "back from a copy. If there is none, `manage.py rotate_credentials --forget-unreadable` begins a new "
+                "ring and forgets what the old one closed; the owners of hosts then store their credentials anew."
+            ) from None
         write_keys(path, [Fernet.generate_key().decode()], replace=False)
         found = path.read_text().split()
     except OSError as error:
