@@ -9,6 +9,10 @@ class ExperimentsConfig(AppConfig):
     default_auto_field = "django.db.models.BigAutoField"
 
     def ready(self) -> None:
+        from accounts import ring
+        from experiments import credentials
+
+        ring.waiting.append(credentials.are_stored)
         # Signals, because an account that is deleted takes its experiments along without asking anybody here.
         pre_delete.connect(_lock_runs, sender="experiments.Experiment")
         post_delete.connect(_remove_directory, sender="experiments.Experiment")
