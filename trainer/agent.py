@@ -161,7 +161,7 @@ def _leave_supervisor(
     try:
         supervisor = [*launcher, sys.executable, "-m", "trainer.agent", "supervise", str(directory.resolve())]
         supervisor += ["--attempt", str(attempt), "--lock", str(lock), "--ready", str(told)]
-        supervisor += ["--instead", json.dumps(list(command))] if command else []
+        supervisor += ["--instead", json.dumps(list(command))] if command is not None else []
         with open(directory / "log.txt", "ab") as log:
             subprocess.run(
                 supervisor,

@@ -267,11 +267,10 @@ def kills_at_logout(root: str | Path = "/") -> bool | None:
     if not (root / "run/systemd/system").is_dir():
         return False
     settings = _logind(root)
-    user = getpass.getuser()
-    if user in settings.get("KillExcludeUsers", "root").split():
+    if user() in settings.get("KillExcludeUsers", "root").split():
         return False
     only = settings.get("KillOnlyUsers", "").split()
-    if only and user not in only:
+    if only and user() not in only:
         return False
     value = settings.get("KillUserProcesses")
     return None if value is None else value.lower() in ("yes", "true", "on", "1")
@@ -309,7 +308,7 @@ def launcher() -> list[str]:
 
 
 def _lingers() -> bool:
-    return Path("/var/lib/systemd/linger", getpass.getuser()).exists()
+    return Path("/var/lib/systemd/linger", user()).exists()
 
 
 def _linger_remedy() -> str:
@@ -325,6 +324,14 @@ def _linger_remedy() -> str:
 
 
 # The rest -------------------------------------------------------------------------------------------------------------
+
+
+def user() -> str:
+    """Who we are; a number where the number has no name, as in some containers."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
 
 
 def _existing(folder: str | Path) -> Path:
