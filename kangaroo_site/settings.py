@@ -61,9 +61,7 @@ SECRET_KEY = env.str("SECRET_KEY", "") or _kept_secret("secret-key")
 ALLOWED_HOSTS = env.list("ALLOWED_HOSTS", ["localhost", "127.0.0.1", "[::1]"])
 CSRF_TRUSTED_ORIGINS: list[str] = env.list("CSRF_TRUSTED_ORIGINS", [])
 
-#: Keys that stored credentials are encrypted with, newest first; by default those in a file that is made at first use.
-CREDENTIAL_KEYS: list[str] = env.list("CREDENTIAL_KEYS", [])
-CREDENTIAL_KEYS_FILE = VAR / "credential-keys"
+#: Leaves what is named like a key or a password out of error pages, with DEBUG too.
 DEFAULT_EXCEPTION_REPORTER_FILTER = "experiments.credentials.ReportFilter"
 
 #: True where the site is reached over https (through a proxy that sets X-Forwarded-Proto).
