@@ -2,6 +2,7 @@ from typing import Any
 
 from django.apps import AppConfig
 from django.db.models.signals import post_delete, pre_delete
+from django.utils import timezone
 
 
 class ExperimentsConfig(AppConfig):
@@ -15,6 +16,7 @@ class ExperimentsConfig(AppConfig):
         ring.waiting.append(credentials.are_stored)
         # Signals, because an account that is deleted takes its experiments along without asking anybody here.
         pre_delete.connect(_lock_runs, sender="experiments.Experiment")
+        pre_delete.connect(_retire_hosts, sender="accounts.User")
         post_delete.connect(_remove_directory, sender="experiments.Experiment")
         post_delete.connect(_remove_uploads, sender="experiments.Experiment")
         post_delete.connect(_remove_uploads, sender="accounts.User")
@@ -23,12 +25,19 @@ class ExperimentsConfig(AppConfig):
 def _lock_runs(instance: Any, **_: Any) -> None:
     """A follower may be adding points; it takes the run's row first, and so do we, in the transaction that deletes."""
     list(instance.runs.select_for_update().values_list("pk"))
+    hosts = {run.host for run in instance.runs.select_related("host")}
+    instance.hosts_used = {*hosts, instance.host}  # afterwards nothing tells
 
 
 def _remove_directory(instance: Any, **_: Any) -> None:
-    from experiments.jobs import remove_directory
+    from experiments.jobs import remove_directories
 
-    remove_directory(instance)
+    remove_directories(instance, instance.hosts_used)
+
+
+def _retire_hosts(instance: Any, **_: Any) -> None:
+    """Machines of an account that goes: nothing new begins there; the collector clears up there, then forgets them."""
+    instance.hosts.filter(retired_at=None).update(retired_at=timezone.now(), offered=False)
 
 
 def _remove_uploads(instance: Any, **_: Any) -> None:

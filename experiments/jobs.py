@@ -12,12 +12,11 @@ for by :func:`reconcile`. Jobs carry ids, never content: whoever can read the qu
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
@@ -27,16 +26,13 @@ from django.core.cache import cache
 from django.db import InterfaceError, OperationalError, connections, transaction
 from django.db.models import Q, Sum
 from django.utils import timezone
-from redis.exceptions import RedisError
-from rq import Queue, Retry
-from rq.exceptions import DuplicateJobError, NoSuchJobError
-from rq.job import Job, JobStatus
 
 from accounts.models import User
-from experiments import broker
-from experiments.ingest import ingest
-from experiments.models import ACTIVE, RESUMABLE, Experiment, Host, ModelRun, Reason, State
-from experiments.transport import Status, Transport, for_host
+from experiments import line, mirror
+from experiments.ingest import ingest, rebuild
+from experiments.line import ring_line
+from experiments.models import ACTIVE, RESUMABLE, Experiment, Host, ModelRun, Reason, Removal, State
+from experiments.transport import HostProblem, Status, Transport, for_host
 from trainer.spec import ExperimentSpec
 
 log = logging.getLogger(__name__)
@@ -45,8 +41,8 @@ log = logging.getLogger(__name__)
 GRACE = 60.0
 #: A running run whose follower has not shown itself for so many seconds has none.
 STALE = 20.0
-#: The job that RQ calls, by name: a worker needs nothing of it before the job begins.
-FOLLOW = "experiments.worker.follow"
+#: Seconds between two attempts to reach a host that does not answer, at most.
+LONGEST_PAUSE = 10.0
 
 
 class LimitReached(Exception):
@@ -62,10 +58,16 @@ def create(
     notes: str = "",
     host: Host | None = None,
     *,
+    hosts: Mapping[str, Host] | None = None,
+    gpus: int = 1,
     id: UUID | None = None,
     is_public: bool = False,
 ) -> Experiment:
-    """An experiment with a row for each model of `spec`, submitted. Raises :class:`LimitReached`."""
+    """An experiment with a row for each model of `spec`, submitted. Raises :class:`LimitReached`.
+
+    Each trains on `host`, unless `hosts` names another for it, with `gpus` GPUs where there are some.
+    """
+    host = host or Host.local()
     with transaction.atomic():
         if owner is not None:
             _check_limits(owner, len(spec.models))
@@ -74,7 +76,7 @@ def create(
             name=spec.name,
             notes=notes,
             spec_json=spec.model_dump(mode="json"),
-            host=host or Host.local(),
+            host=host,
             is_public=is_public,
         )
         if id is not None:
@@ -86,6 +88,8 @@ def create(
             rows[name] = ModelRun.objects.create(
                 experiment=experiment,
                 name=name,
+                host=(hosts or {}).get(name, host),
+                gpus_wanted=gpus,
                 position=list(spec.models).index(name),
                 parent=rows[parent] if parent else None,
                 reason=Reason.WAITING_FOR_PARENT if parent else Reason.WAITING_FOR_SLOT,
@@ -97,7 +101,7 @@ def create(
 
 def submit(experiment: Experiment) -> None:
     """Once the transaction stands, one job for each queued run; a child's job depends on its parent's."""
-    transaction.on_commit(lambda: _ring_for(experiment.pk))
+    transaction.on_commit(lambda: line.ring_for(experiment.pk))
 
 
 def request_stop(target: Experiment | ModelRun) -> None:
@@ -107,7 +111,7 @@ def request_stop(target: Experiment | ModelRun) -> None:
     ):  # children first: they too are stopped on request
         ModelRun.objects.filter(pk=run.pk, state__in=ACTIVE).update(stop_requested=True)
         if run.state == State.QUEUED and _settle(run, State.CANCELLED, Reason.STOPPED):
-            transaction.on_commit(lambda run=run: _forget(run))  # type: ignore[misc]
+            transaction.on_commit(lambda run=run: line.forget(run))  # type: ignore[misc]
         # The follower of a running one looks for the wish every second.
 
 
@@ -129,11 +133,12 @@ def resume(target: Experiment | ModelRun) -> list[ModelRun]:
         for run in wanted.values():
             moved = run.move(
                 State.QUEUED,
-                Reason.WAITING_FOR_PARENT if _waits_for_parent(run) else Reason.WAITING_FOR_SLOT,
+                Reason.WAITING_FOR_PARENT if line.waits_for_parent(run) else Reason.WAITING_FOR_SLOT,
                 attempt=run.attempt + 1,
                 stop_requested=False,
                 queued_at=timezone.now(),
                 ended_at=None,
+                gpus=[],
             )
             if moved:
                 resumed.append(run)
@@ -148,7 +153,7 @@ def _unfinished_ancestors(run: ModelRun) -> Iterable[ModelRun]:
 
 
 def _waiting_descendants(run: ModelRun) -> Iterable[ModelRun]:
-    for child in run.children.filter(state=State.CANCELLED, reason=Reason.PARENT_ENDED):
+    for child in run.children.select_related("host").filter(state=State.CANCELLED, reason=Reason.PARENT_ENDED):
         yield child
         yield from _waiting_descendants(child)
 
@@ -158,31 +163,31 @@ def delete(experiment: Experiment) -> None:
     runs = list(experiment.runs.all())
     experiment.delete()
     for run in runs:  # the admin deletes in a transaction, which must not wait for the broker
-        transaction.on_commit(lambda run=run: _forget(run))  # type: ignore[misc]
+        transaction.on_commit(lambda run=run: line.forget(run))  # type: ignore[misc]
 
 
-def remove_directory(experiment: Experiment) -> None:
+def remove_directories(experiment: Experiment, hosts: Iterable[Host]) -> None:
     """What is to follow the deletion of an experiment's row, whoever deleted it: an owner, an account, an admin.
 
-    The row goes first: a follower that finds it gone starts nothing, and undoes what it has just started.
+    The row goes first: a follower that finds it gone starts nothing, and undoes what it has just started. A host that
+    is reached over SSH may not answer now: what is wanted of it stands in a row until it has been done.
     """
-    identity, host = experiment.pk, experiment.host
+    identity, hosts = experiment.pk, list(hosts)
+    for host in hosts:
+        if host.is_remote:
+            Removal.objects.get_or_create(experiment_id=identity, host=host)
 
     def remove() -> None:
-        try:
-            for_host(host).remove(identity)
-        except OSError:
-            log.exception("the directory of experiment %s could not be removed; it will be tried again", identity)
-        ring_line(host)
+        # What was brought from a GPU host, its events and log, stands here as well.
+        for host in {*(host for host in hosts if not host.is_remote), Host.local()}:
+            try:
+                for_host(host).remove(identity)
+            except OSError:
+                log.exception("the directory of experiment %s could not be removed; it will be tried again", identity)
+        for host in hosts:
+            ring_line(host)
 
     transaction.on_commit(remove)
-
-
-def place_in_line(run: ModelRun) -> int | None:
-    """1 for the run that gets the next free place on its host; None if it is not waiting for one."""
-    if run.state != State.QUEUED or _waits_for_parent(run):
-        return None
-    return int(_before(run).count()) + 1
 
 
 def _check_limits(owner: User, more: int) -> None:
@@ -208,126 +213,8 @@ def _check_limits(owner: User, more: int) -> None:
 
 
 def _runs(target: Experiment | ModelRun) -> Any:
-    runs = ModelRun.objects.select_related("parent", "experiment__host", "experiment__owner").order_by("position")
+    runs = ModelRun.objects.select_related("parent__host", "host", "experiment__owner").order_by("position")
     return runs.filter(experiment=target) if isinstance(target, Experiment) else runs.filter(pk=target.pk)
-
-
-# The line: which run comes next on a host -----------------------------------------------------------------------------
-
-
-def _ready() -> Q:
-    """Queued runs that only wait for a place."""
-    return Q(state=State.QUEUED, stop_requested=False) & (Q(parent=None) | Q(parent__state=State.SUCCEEDED))
-
-
-def _waits_for_parent(run: ModelRun) -> bool:
-    return run.parent is not None and run.parent.state != State.SUCCEEDED
-
-
-def _before(run: ModelRun) -> Any:
-    """Ready runs on the host of `run` that have waited for longer."""
-    earlier = Q(queued_at__lt=run.queued_at) | Q(queued_at=run.queued_at, pk__lt=run.pk)
-    return ModelRun.objects.filter(_ready() & earlier, experiment__host=run.experiment.host_id)
-
-
-def _claim(run: ModelRun) -> bool:
-    """Take a place on the host for `run`: whether it got one. However many workers try, no place is given twice."""
-    with transaction.atomic():
-        host = Host.objects.select_for_update().get(pk=run.experiment.host_id)
-        training = ModelRun.objects.filter(experiment__host=host, state=State.RUNNING).count()
-        if training + _before(run).count() >= host.slots:
-            ModelRun.objects.filter(pk=run.pk, state=State.QUEUED).update(reason=Reason.WAITING_FOR_SLOT)
-            return False
-        now = timezone.now()
-        return run.move(State.RUNNING, Reason.STARTING, started_at=run.started_at or now, last_seen=now)
-
-
-def ring_line(host: Host) -> None:
-    """Ring for as many of the waiting runs of `host` as it has free places."""
-    training = ModelRun.objects.filter(experiment__host=host, state=State.RUNNING).count()
-    waiting = ModelRun.objects.filter(_ready(), experiment__host=host).order_by("queued_at", "pk")
-    _ring(waiting[: max(0, host.slots - training)])
-
-
-# Ringing: the queue ---------------------------------------------------------------------------------------------------
-
-
-def _ring_for(experiment: UUID) -> None:
-    _ring(_runs(Experiment(pk=experiment)).filter(state=State.QUEUED))
-
-
-def _ring(runs: Iterable[ModelRun], *, anew: bool = False) -> None:
-    """A job for each of `runs` that has none. `anew`: whatever the queue believes of the job it has.
-
-    A broker that is down is no error: the database holds what is wanted, and the reconciler rings again.
-    """
-    try:
-        for run in sorted(runs, key=lambda run: (run.queued_at, run.parent_id is not None, run.pk)):
-            queue = broker.queue(run.experiment.host.queue)
-            if not _has_job(queue, run, anew):
-                _enqueue(queue, run)
-    except (RedisError, OSError) as error:
-        log.warning("the broker does not answer (%s); the reconciler will ring again", error)
-
-
-def _enqueue(queue: Queue, run: ModelRun) -> None:
-    options: dict[str, Any] = {
-        "args": (run.pk, run.attempt),
-        "job_id": run.job_id,
-        "description": f"{run.name} of experiment {run.experiment_id}, attempt {run.attempt}",
-        "timeout": -1,
-        "result_ttl": 0,  # a job that has ended leaves nothing in the way of the next with its id
-        "failure_ttl": 24 * 3600,
-        "retry": Retry(max=1000),  # a follower that was killed is followed by the next one at once
-    }
-    if _waits_for_parent(run):
-        parent = _job_of_parent(run)
-        if Job.exists(parent, connection=queue.connection):  # else it is rung for when its parent has succeeded
-            queue.enqueue_call(FOLLOW, depends_on=parent, **options)
-    else:
-        with contextlib.suppress(DuplicateJobError):  # somebody else rang in the same moment
-            queue.enqueue_call(FOLLOW, unique=True, **options)
-
-
-def _has_job(queue: Queue, run: ModelRun, anew: bool) -> bool:
-    """Whether the queue will see to `run` by itself; a job that is stuck is taken out of the way."""
-    try:
-        job = Job.fetch(run.job_id, connection=queue.connection)
-    except NoSuchJobError:
-        return False
-    match job.get_status():
-        case JobStatus.QUEUED:
-            lists = (queue.key, queue.intermediate_queue.key)
-            good = any(queue.connection.lpos(name, job.id) is not None for name in lists)
-        case JobStatus.STARTED:
-            good = not anew and job.id in queue.started_job_registry.get_job_ids(cleanup=False)
-        case JobStatus.DEFERRED:
-            good = _waits_for_parent(run) or Job.exists(_job_of_parent(run), connection=queue.connection)
-        case JobStatus.SCHEDULED | JobStatus.READY_TO_ENQUEUE:
-            good = not anew
-        case _:
-            good = False
-    if not good:
-        broker.delete(job)
-    return good
-
-
-def _job_of_parent(run: ModelRun) -> str:
-    assert run.parent is not None
-    return run.parent.job_id
-
-
-def _forget(run: ModelRun) -> None:
-    """Take a run's job out of the queue. Left there it would do nothing, but would be in sight."""
-    try:
-        queue = broker.queue(run.experiment.host.queue)
-        job = Job.fetch(run.job_id, connection=queue.connection)
-        if job.get_status() != JobStatus.STARTED:
-            broker.delete(job)
-    except NoSuchJobError:
-        pass
-    except (RedisError, OSError) as error:
-        log.warning("the broker does not answer (%s)", error)
 
 
 # Following: the job ---------------------------------------------------------------------------------------------------
@@ -336,13 +223,26 @@ def _forget(run: ModelRun) -> None:
 def follow(run_id: int, attempt: int, *, detached: Callable[[], bool] = lambda: False) -> bool:
     """The job of one attempt of one run: start it or attach to it, take its events in, settle its row.
 
-    Returns False if it was `detached` before the end: the training goes on, and somebody is to follow it again.
-    Survives a database that is away for a while; needs no broker.
+    A run on a host that is reached over SSH is only given its place here: :func:`collect` does the rest, in the
+    process that holds the connection. Returns False if it was `detached` before the end: the training goes on, and
+    somebody is to follow it again. Survives a database that is away for a while; needs no broker.
     """
+    return _while_the_database_is_away(lambda: _follow(run_id, attempt, detached), run_id)
+
+
+def collect(run_id: int, attempt: int, *, detached: Callable[[], bool] = lambda: False) -> bool:
+    """As :func:`follow`, for a run that has its place on a host reached over SSH; tries again while that is away.
+
+    What the host does not say is not concluded: until it answers, the run is running.
+    """
+    return _while_the_database_is_away(lambda: _collect(run_id, attempt, detached), run_id)
+
+
+def _while_the_database_is_away(work: Callable[[], bool], run_id: int) -> bool:
     wait = 1.0
     while True:
         try:
-            return _follow(run_id, attempt, detached)
+            return work()
         except (OperationalError, InterfaceError) as error:
             log.warning("the database does not answer (%s); following run %s again in %.0f s", error, run_id, wait)
             connections.close_all()
@@ -350,32 +250,92 @@ def follow(run_id: int, attempt: int, *, detached: Callable[[], bool] = lambda: 
             wait = min(2 * wait, 30.0)
 
 
+def _row(run_id: int, attempt: int) -> ModelRun | None:
+    """None: deleted, or resumed under another number."""
+    found = ModelRun.objects.select_related("experiment__owner", "host", "parent__host")
+    return found.filter(pk=run_id, attempt=attempt).first()  # type: ignore[no-any-return]
+
+
 def _follow(run_id: int, attempt: int, detached: Callable[[], bool]) -> bool:
-    run = ModelRun.objects.select_related("experiment__host", "parent").filter(pk=run_id, attempt=attempt).first()
-    if run is None:
-        return True  # deleted, or resumed under another number
-    if run.state == State.QUEUED and not _begin(run):
+    run = _row(run_id, attempt)
+    if run is None or (run.state == State.QUEUED and not _begin(run)):
         return True
-    if run.state != State.RUNNING:
+    if run.state != State.RUNNING or run.host.is_remote:
         return True
-    transport = for_host(run.experiment.host)
+    return _attend(run, detached)
+
+
+def _collect(run_id: int, attempt: int, detached: Callable[[], bool]) -> bool:
+    pause = 0.5
+    while (run := _row(run_id, attempt)) is not None and run.state == State.RUNNING:
+        began = time.monotonic()
+        try:
+            return _attend(run, detached)
+        except HostProblem as problem:
+            log.info("run %s on %s: %s", run.pk, run.host, problem.message)
+        if time.monotonic() - began > LONGEST_PAUSE:
+            pause = 0.5  # it had been reached
+        if _waited(pause, detached):
+            return False
+        pause = min(2 * pause, LONGEST_PAUSE)
+    return True
+
+
+def _waited(seconds: float, detached: Callable[[], bool]) -> bool:
+    """Wait; whether we were asked to leave meanwhile."""
+    until = time.monotonic() + seconds
+    while not (gone := detached()) and time.monotonic() < until:
+        time.sleep(0.1)
+    return gone
+
+
+def _attend(run: ModelRun, detached: Callable[[], bool]) -> bool:
+    """From a place on the host to the end; False if detached before that. Raises HostProblem."""
+    transport = for_host(run.host)
     try:
+        if not _is_there(run, transport):
+            return True
         # Before the first event there is nothing to read, and after it a trainer of an earlier attempt may still be
         # on its way out: only when this attempt is there has it been started.
-        while transport.start(run) == "already" and transport.status(run)["attempt"] != attempt:
+        while transport.start(run) == "already" and transport.status(run)["attempt"] != run.attempt:
             if detached():
                 return False
             transport.stop(run, 0)
             time.sleep(0.2)
+    except HostProblem:
+        raise
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         _settle(run, State.FAILED, Reason.DISK_FULL if full else Reason.ERROR, detail=f"could not be started: {error}")
         return True
+    except ModelRun.DoesNotExist:
+        return True
     try:
         return _read(run, transport, detached)
     except ModelRun.DoesNotExist:  # deleted meanwhile; whatever we have just started must go too
-        transport.remove(run.experiment_id)
+        try:
+            transport.remove(run.experiment_id)
+        except HostProblem:
+            Removal.objects.get_or_create(experiment_id=run.experiment_id, host=run.host)
         return True
+
+
+def _is_there(run: ModelRun, transport: Transport) -> bool:
+    """Whether the run directory is what the rows say, so that the attempt may be started in it, or attached to."""
+    if not run.offset and not run.stop_requested:
+        return True
+    reached = transport.status(run)["attempt"]
+    if run.stop_requested and reached != run.attempt:  # it had its place, but never began
+        _settle(run, State.CANCELLED, Reason.STOPPED)
+        return False
+    if run.offset and reached == 0:
+        began = run.notes.filter(kind="started").order_by("-seq").first()
+        if began is not None and began.data.get("attempt") == run.attempt:
+            _settle(run, State.FAILED, Reason.LOST, detail="Its folder is no longer on the host.")
+            return False
+        rebuild(run, b"")  # resumed after that: there is nothing to go on from, so it begins anew
+        mirror.forget(run)
+    return True
 
 
 def _begin(run: ModelRun) -> bool:
@@ -384,10 +344,13 @@ def _begin(run: ModelRun) -> bool:
         _settle(run, State.CANCELLED, Reason.STOPPED)
     elif run.parent is not None and run.parent.state in RESUMABLE:
         _settle(run, State.CANCELLED, Reason.PARENT_ENDED, detail=_parent_ended(run.parent))
-    elif _waits_for_parent(run):
+    elif line.waits_for_parent(run):
         ModelRun.objects.filter(pk=run.pk, state=State.QUEUED).update(reason=Reason.WAITING_FOR_PARENT)
-    elif not _claim(run):
-        ring_line(run.experiment.host)  # for those that stand before it
+    elif (most := line.most_gpus(run.host)) is not None and run.gpus_wanted > most:
+        wants = f"It wants {run.gpus_wanted} GPUs, and {run.host} has {most} to give."
+        _settle(run, State.FAILED, Reason.ERROR, detail=f"{wants} Start it anew with fewer, or on another host.")
+    elif not line.claim(run):
+        ring_line(run.host)  # for those that stand before it
     else:
         return True
     return False
@@ -396,9 +359,12 @@ def _begin(run: ModelRun) -> bool:
 def _read(run: ModelRun, transport: Transport, detached: Callable[[], bool]) -> bool:
     """Follow the stream to its end and settle; False if detached from it before."""
     looked = 0.0
+    is_remote = run.host.is_remote
     stream = transport.tail(run, run.offset)
     while (frame := next(stream, None)) is not None:
         if frame.kind == "D":
+            if is_remote:
+                mirror.keep(run, "events.jsonl", frame.offset, frame.data)
             reached = ingest(run, frame.data, frame.offset)
             if reached != frame.offset + len(frame.data):  # somebody else was quicker, or the rows are being rebuilt
                 stream = transport.tail(run, reached)
@@ -412,6 +378,11 @@ def _read(run: ModelRun, transport: Transport, detached: Callable[[], bool]) -> 
             looked = time.monotonic()
             if not _still_wanted(run, transport):
                 return True
+            if is_remote:
+                mirror.keep_log(run, transport)
+    if is_remote:
+        mirror.keep_log(run, transport)
+        mirror.want_model(run, transport)
     ModelRun.objects.filter(pk=run.pk).update(disk_bytes=transport.disk_bytes(run))
     _conclude(run, transport.status(run))
     return True
@@ -495,10 +466,10 @@ def _settle(run: ModelRun, state: State, reason: Reason, *, detail: str = "") ->
         return False
     log.info("run %s (%s of experiment %s): %s, %s", run.pk, run.name, run.experiment_id, state, reason)
     if state != State.SUCCEEDED:
-        for child in run.children.filter(state=State.QUEUED):
+        for child in run.children.select_related("host").filter(state=State.QUEUED):
             _settle(child, State.CANCELLED, Reason.PARENT_ENDED, detail=_parent_ended(run))
-    host = run.experiment.host
-    transaction.on_commit(lambda: ring_line(host))
+    hosts = {run.host, *(child.host for child in run.children.select_related("host"))}
+    transaction.on_commit(lambda: [ring_line(host) for host in hosts] and None)
     return True
 
 
@@ -514,8 +485,9 @@ def reconcile() -> None:
     for run in _active(State.QUEUED).filter(Q(parent__state__in=RESUMABLE) | Q(stop_requested=True)):
         _begin(run)
     stale = timezone.now() - timedelta(seconds=STALE)
-    _ring(_active(State.RUNNING).filter(Q(last_seen=None) | Q(last_seen__lt=stale)), anew=True)
-    for host in Host.objects.all():
+    unfollowed = Q(last_seen=None) | Q(last_seen__lt=stale)
+    line.ring(_active(State.RUNNING).filter(unfollowed).exclude(host__kind=Host.Kind.SSH), anew=True)
+    for host in Host.objects.filter(runs__state=State.QUEUED).distinct():
         ring_line(host)
     _sweep()
     if cache.add("guests-purged", True, 24 * 3600):
@@ -527,7 +499,7 @@ def reconcile() -> None:
 
 
 def _active(state: State) -> Any:
-    return ModelRun.objects.select_related("experiment__host", "parent").filter(state=state)
+    return ModelRun.objects.select_related("experiment__owner", "host", "parent__host").filter(state=state)
 
 
 def _sweep() -> None:

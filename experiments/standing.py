@@ -14,10 +14,9 @@ from datetime import datetime
 from functools import cached_property
 from typing import Any
 
-from django.db.models import Q
 from django.utils import timezone
 
-from experiments import compare, sources
+from experiments import compare, line, sources
 from experiments.curves import Key, Series
 from experiments.models import Experiment, ModelRun, Reason, State
 from experiments.templatetags import figures
@@ -247,7 +246,7 @@ def standings(experiments: Iterable[Experiment]) -> list[Standing]:
         found.append(standing)
     queued = [each for standing in found for each in standing.runs if each.run.state == State.QUEUED]
     if queued:
-        hosts = {standing.experiment.host_id for standing in found}
+        hosts = {each.run.host_id for each in queued}
         places = _places(hosts)
         for each in queued:
             each.place = places.get(each.run.pk)
@@ -267,10 +266,9 @@ def total_steps(experiment: Experiment, run: ModelRun) -> int | None:
 def _places(hosts: Iterable[int]) -> dict[int, int]:
     """The place in its host's line of every run that only waits for one, by the run's key."""
     waiting = (
-        ModelRun.objects.filter(state=State.QUEUED, stop_requested=False, experiment__host__in=hosts)
-        .filter(Q(parent=None) | Q(parent__state=State.SUCCEEDED))
+        ModelRun.objects.filter(line.ready(), host__in=hosts)
         .order_by("queued_at", "pk")
-        .values_list("pk", "experiment__host_id")
+        .values_list("pk", "host_id")
     )
     counts: dict[int, int] = {}
     found = {}

@@ -1,12 +1,14 @@
-"""How a run directory is reached: `base` says what a transport must do, `local` does it on this machine."""
+"""How a run directory is reached: `base` says what a transport must do, `local` does it on this machine, `ssh` on
+another, by way of the `keeper`, which holds one connection to each.
+"""
 
 from __future__ import annotations
 
 from experiments.models import Host
-from experiments.transport.base import Frame, Status, Transport
+from experiments.transport.base import File, Frame, HostProblem, Status, Transport
 from experiments.transport.local import Local
 
-__all__ = ["Frame", "Status", "Transport", "for_host"]
+__all__ = ["File", "Frame", "HostProblem", "Status", "Transport", "for_host"]
 
 _KINDS: dict[str, type[Transport]] = {Host.Kind.LOCAL: Local, Host.Kind.WORKER: Local}
 

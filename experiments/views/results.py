@@ -25,7 +25,7 @@ from uuid import UUID
 from django import forms
 from django.contrib import messages
 from django.core.paginator import Paginator
-from django.db.models import Exists, F, Min, OuterRef, Q, QuerySet
+from django.db.models import Exists, F, Min, OuterRef, Prefetch, Q, QuerySet
 from django.http import Http404, HttpRequest, HttpResponse, StreamingHttpResponse
 from django.http.response import HttpResponseBase
 from django.shortcuts import get_object_or_404, redirect, render
@@ -40,9 +40,11 @@ from experiments.curves import Memory, curves, increment, parse_place, place, sp
 from experiments.models import ACTIVE, RESUMABLE, Experiment, ModelRun, Point
 from experiments.report import Report
 from experiments.standing import Standing, standings
-from experiments.transport import for_host
+from experiments.transport.local import Local
 
 PAGE_SIZE = 20
+#: The runs of experiments, and where each trains, in one query.
+_RUNS = Prefetch("runs", ModelRun.objects.select_related("host"))
 #: Bytes of a log that a page shows.
 LOG_TAIL = 12_000
 
@@ -79,7 +81,7 @@ def profile(request: HttpRequest) -> HttpResponse:
     """The user's experiments, those that wait or run on top. A poll (with `seen` marks) is answered in pieces."""
     if not request.user.is_authenticated:
         return render(request, "experiments/profile.html", {"signed_out": True})
-    mine = Experiment.objects.owned_by(request.user).select_related("host").prefetch_related("runs")
+    mine = Experiment.objects.owned_by(request.user).select_related("host").prefetch_related(_RUNS)
     if "HX-Request" in request.headers:
         return _profile_poll(request, mine)
     wanted = _Filter(request.GET)
@@ -230,7 +232,7 @@ def _logs(standing: Standing) -> list[dict[str, str]]:
 
 def _tail(run: ModelRun, most: int) -> str:
     try:
-        with for_host(run.experiment.host).open_file(run, "log.txt") as file:
+        with Local(run.host).open_file(run, "log.txt") as file:
             size = file.seek(0, io.SEEK_END)
             file.seek(max(0, size - most))
             text = file.read(most).decode(errors="replace")
@@ -509,7 +511,7 @@ def delete(request: HttpRequest, pk: UUID) -> HttpResponse:
 
 
 def _visible(request: HttpRequest, pk: UUID) -> Experiment:
-    visible = Experiment.objects.visible_to(request.user).select_related("host", "owner").prefetch_related("runs")
+    visible = Experiment.objects.visible_to(request.user).select_related("host", "owner").prefetch_related(_RUNS)
     return get_object_or_404(visible, pk=pk)
 
 
@@ -522,7 +524,7 @@ def _own(request: HttpRequest, pk: UUID) -> Experiment:
 
 
 def _run(request: HttpRequest, pk: UUID, name: str) -> ModelRun:
-    runs = ModelRun.objects.visible_to(request.user).select_related("experiment__host")
+    runs = ModelRun.objects.visible_to(request.user).select_related("host", "experiment")
     return get_object_or_404(runs, experiment=pk, name=name)
 
 

@@ -116,6 +116,7 @@ def make_run(
     run: ModelRun = ModelRun.objects.create(
         experiment=experiment,
         name=name,
+        host=experiment.host,
         position=position,
         parent=parent,
         state=state,

@@ -12,7 +12,7 @@ from django.db import connection
 from rq.job import Job, JobStatus
 
 from accounts.models import User
-from experiments import broker, jobs
+from experiments import broker, jobs, line
 from experiments.models import TRANSITIONS, Experiment, Host, ModelRun, Reason, State
 from experiments.transport import for_host
 from tests.live import Live, a_spec, eventually, kill, settled, states, told_by_file, told_by_rows
@@ -347,7 +347,7 @@ def test_no_more_runs_train_at_once_than_the_host_has_places(live: Live) -> None
     def all_settled() -> bool:
         nonlocal most
         most = max(most, ModelRun.objects.filter(state=State.RUNNING).count())
-        lines.add(jobs.place_in_line(ModelRun.objects.select_related("parent", "experiment").last()))
+        lines.add(line.place_in_line(ModelRun.objects.select_related("parent__host", "host").last()))
         return all(settled(experiment) for experiment in experiments)
 
     eventually(all_settled)
@@ -367,8 +367,8 @@ def test_a_place_is_not_given_twice(live: Live) -> None:
     won: list[bool] = []
 
     def claim(pk: int) -> None:
-        run = ModelRun.objects.select_related("experiment__host", "parent").get(pk=pk)
-        won.append(jobs._claim(run))
+        run = ModelRun.objects.select_related("host", "parent__host").get(pk=pk)
+        won.append(line.claim(run))
         connection.close()
 
     for _ in range(3):
@@ -377,13 +377,13 @@ def test_a_place_is_not_given_twice(live: Live) -> None:
             thread.start()
         for thread in threads:
             thread.join()
-    assert ModelRun.objects.filter(state=State.RUNNING, experiment__host=host).count() == 2
+    assert ModelRun.objects.filter(state=State.RUNNING, host=host).count() == 2
     assert sum(won) == 2
 
 
 def test_the_place_in_line_counts_those_that_wait_for_one(queue: Any) -> None:
     first, second = jobs.create(None, a_spec()), jobs.create(None, a_spec())
-    places = [jobs.place_in_line(run) for e in (first, second) for run in e.runs.order_by("position")]
+    places = [line.place_in_line(run) for e in (first, second) for run in e.runs.order_by("position")]
     assert places == [1, None, 2, 3, None, 4]
 
 

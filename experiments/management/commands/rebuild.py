@@ -1,10 +1,19 @@
-from typing import Any
+from typing import Any, BinaryIO
 
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
 from experiments.ingest import rebuild
 from experiments.models import ModelRun
-from experiments.transport import for_host
+from experiments.transport import HostProblem, for_host
+from experiments.transport.local import Local
+
+
+def _opened(run: ModelRun) -> BinaryIO:
+    """From where it was trained; from the copy that stands here while that machine is away."""
+    try:
+        return for_host(run.host).open_file(run, "events.jsonl")
+    except HostProblem:
+        return Local(run.host).open_file(run, "events.jsonl")
 
 
 class Command(BaseCommand):
@@ -15,11 +24,11 @@ class Command(BaseCommand):
 
     def handle(self, *args: Any, **options: Any) -> None:
         for number in options["run"]:
-            run = ModelRun.objects.select_related("experiment__host").filter(pk=number).first()
+            run = ModelRun.objects.select_related("host", "experiment").filter(pk=number).first()
             if run is None:
                 raise CommandError(f"there is no model run {number}")
             try:
-                with for_host(run.experiment.host).open_file(run, "events.jsonl") as events:
+                with _opened(run) as events:
                     rebuild(run, events.read())
             except FileNotFoundError:
                 raise CommandError(f"run {number} has no events.jsonl: it was never started") from None

@@ -1,0 +1,172 @@
+"""The collector: the one process that holds connections to GPU hosts, and does whatever has to do with them.
+
+    manage.py collect      what `manage.py up` starts
+
+    the keeper             one SSH connection a host, in a thread of its own; others reach it by a socket
+    a thread a run         that has its place on such a host: jobs.collect
+    a thread a task        a look at a host, or its set-up: experiments.hosts
+    a thread a transfer    a model on its way here: experiments.mirror
+    readings, removals     every few seconds
+
+What is to be done stands in rows, which it looks for every half second; so it may be killed and started at any moment.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from django.db import Error as DatabaseError
+from django.db import close_old_connections, connections
+from django.utils import timezone
+
+from experiments import hosts, jobs, mirror
+from experiments.line import ring_line
+from experiments.models import ACTIVE, Host, HostTask, ModelRun, Removal, State, Transfer
+from experiments.transport import HostProblem, for_host
+from experiments.transport.keeper import Keeper
+
+log = logging.getLogger(__name__)
+
+#: Seconds between two looks at what is to be done.
+EVERY = 0.5
+#: Seconds between two readings of a host on which runs train or wait.
+READ_EVERY = 5.0
+
+
+class Collector:
+    """Everything above, until :meth:`leave` is called."""
+
+    def __init__(self) -> None:
+        self._leaving = threading.Event()
+        self._threads: dict[tuple[str, Any], threading.Thread] = {}
+        self._not_before: dict[tuple[str, Any], float] = {}
+        self._read_at: dict[int, float] = {}
+
+    def leave(self, *_: Any) -> None:
+        self._leaving.set()
+
+    def run(self) -> None:
+        keeper = Keeper()
+        keeper.start()
+        try:
+            while not self._leaving.wait(EVERY):
+                close_old_connections()
+                try:
+                    self._look()
+                except DatabaseError as error:
+                    log.warning("the database does not answer (%s)", error)
+                    connections.close_all()
+                    self._leaving.wait(2.0)
+        finally:
+            self._leaving.set()
+            for thread in list(self._threads.values()):
+                thread.join(timeout=3)
+            keeper.stop()
+
+    def _look(self) -> None:
+        running = ModelRun.objects.filter(state=State.RUNNING, host__kind=Host.Kind.SSH)
+        for pk, attempt in running.values_list("pk", "attempt"):
+            self._do("run", (pk, attempt), lambda pk=pk, attempt=attempt: self._follow(pk, attempt))
+        for pk in HostTask.objects.filter(state__in=[HostTask.State.WANTED, HostTask.State.RUNNING]).values_list(
+            "pk", flat=True
+        ):
+            self._do("task", pk, lambda pk=pk: self._task(pk))
+        for pk in Transfer.objects.filter(state__in=[Transfer.State.WANTED, Transfer.State.RUNNING]).values_list(
+            "pk", flat=True
+        ):
+            self._do("transfer", pk, lambda pk=pk: self._transfer(pk))
+        for pk in Removal.objects.values_list("pk", flat=True):
+            self._do("removal", pk, lambda pk=pk: self._remove(pk))
+        busy = Host.objects.filter(runs__state__in=ACTIVE).exclude(kind=Host.Kind.WORKER).distinct()
+        for pk in busy.values_list("pk", flat=True):
+            if time.monotonic() - self._read_at.get(pk, -READ_EVERY) >= READ_EVERY:
+                self._read_at[pk] = time.monotonic()
+                self._do("readings", pk, lambda pk=pk: self._read(pk))
+
+    def _do(self, what: str, key: Any, work: Callable[[], float | None]) -> None:
+        """Do `work` in a thread, unless it is being done. It returns in how many seconds it may be tried again."""
+        name = (what, key)
+        thread = self._threads.get(name)
+        if (thread is not None and thread.is_alive()) or time.monotonic() < self._not_before.get(name, 0.0):
+            return
+
+        def guarded() -> None:
+            again = 2.0  # what fails every time must not do so many times a second
+            try:
+                again = work() or 0.0
+            except HostProblem as problem:
+                log.info("%s %s: %s", what, key, problem.message)
+            except Exception:
+                log.exception("%s %s", what, key)
+            finally:
+                self._not_before[name] = time.monotonic() + again
+                connections.close_all()
+
+        self._threads = {key: each for key, each in self._threads.items() if each.is_alive()}
+        self._not_before = {key: at for key, at in self._not_before.items() if at > time.monotonic()}
+        self._threads[name] = threading.Thread(target=guarded, name=f"{what} {key}", daemon=True)
+        self._threads[name].start()
+
+    # What is done
+
+    def _follow(self, pk: int, attempt: int) -> None:
+        jobs.collect(pk, attempt, detached=self._leaving.is_set)
+
+    def _task(self, pk: int) -> None:
+        task = HostTask.objects.select_related("host").filter(pk=pk).first()
+        if task is not None and task.is_active:
+            hosts.perform(task, leaving=self._leaving.is_set)
+
+    def _transfer(self, pk: int) -> float | None:
+        transfer = Transfer.objects.select_related("run__host", "run__experiment").filter(pk=pk).first()
+        if transfer is None:
+            return None
+        Transfer.objects.filter(pk=pk).update(state=Transfer.State.RUNNING)
+        try:
+            if not mirror.fetch(transfer, for_host(transfer.run.host), self._leaving.is_set):
+                return None
+            mirror.settle(transfer)
+        except HostProblem:
+            return 3.0  # it goes on when the host is back
+        except mirror.Unwanted:
+            return None
+        except OSError as error:
+            mirror.settle(transfer, error=str(error))
+        for child in transfer.run.children.select_related("host"):
+            ring_line(child.host)
+        return None
+
+    def _remove(self, pk: int) -> float | None:
+        removal = Removal.objects.select_related("host").filter(pk=pk).first()
+        if removal is not None:
+            try:
+                for_host(removal.host).remove(removal.experiment_id)
+            except OSError as error:
+                log.info("experiment %s on %s is not removed yet: %s", removal.experiment_id, removal.host, error)
+                return 30.0
+            removal.delete()
+        return None
+
+    def _read(self, pk: int) -> None:
+        host = Host.objects.filter(pk=pk).first()
+        if host is not None:
+            readings = for_host(host).readings()
+            Host.objects.filter(pk=pk).update(readings=readings, readings_at=timezone.now())
+
+
+def clear_retired() -> None:
+    """Hosts whose owner has gone: once nothing is left to do there, what opened them is erased, or all of them."""
+    gone = Host.objects.filter(kind=Host.Kind.SSH).exclude(retired_at=None).filter(removals=None)
+    for host in gone.exclude(runs__state__in=ACTIVE):
+        if host.runs.exists() or host.experiments.exists():
+            if host.credential:
+                host.private_key = host.passphrase = host.credential = ""
+                host.save(update_fields=["private_key", "passphrase", "credential"])
+        elif not host.reached_through_it.exists():
+            host.delete()
+
+

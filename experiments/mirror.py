@@ -1,0 +1,148 @@
+"""What a run on a GPU host leaves here: its events and log as they come, its models when they are wanted.
+
+They stand where a local run would have written them, so pages, downloads and a child that trains here find them at the
+same place, also while the host is away. A file is taken over at the byte where ours ends; a model is whole or absent,
+every file of it checked by its SHA-256.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from django.conf import settings
+from django.utils import timezone
+
+from experiments.models import ModelRun, Transfer
+from experiments.transport import Transport
+
+#: Bytes asked for at once.
+CHUNK = 1 << 20
+#: Bytes of a log that are brought here, at most: what comes first says what went wrong, but a loop can print for days.
+MOST_LOG = 20 << 20
+
+
+class Unwanted(Exception):
+    """Whoever wanted it does not any more."""
+
+
+class Damaged(OSError):
+    """What came is not what the host has."""
+
+
+def keep(run: ModelRun, name: str, offset: int, data: bytes) -> None:
+    """Write `data` at `offset` of our copy of a file. Repeating it changes nothing; a gap before it is left alone."""
+    run.directory.mkdir(parents=True, exist_ok=True)
+    with open(os.open(run.directory / name, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
+        if offset <= file.seek(0, os.SEEK_END):
+            file.seek(offset)
+            file.write(data)
+
+
+def keep_log(run: ModelRun, transport: Transport) -> None:
+    """What the trainer has printed since."""
+    with contextlib.suppress(FileNotFoundError):
+        path = run.directory / "log.txt"
+        held = path.stat().st_size if path.exists() else 0
+        while held < MOST_LOG and (data := transport.read(run, "log.txt", held, CHUNK)):
+            keep(run, "log.txt", held, data)
+            held += len(data)
+
+
+def forget(run: ModelRun) -> None:
+    """Our copies, where the host's folder is gone and the run begins anew."""
+    shutil.rmtree(run.directory, ignore_errors=True)
+
+
+def want_model(run: ModelRun, transport: Transport) -> None:
+    """Ask for the finished model, where it is small enough to come unasked, or a child on another host needs it."""
+    size = sum(file.size for file in transport.files(run, "model"))
+    needed = run.children.exclude(host=run.host_id).exists()
+    if size and (needed or size <= settings.FETCH_MODELS_GB * 1e9):
+        Transfer.objects.get_or_create(run=run, name="model", defaults={"bytes_total": size})
+
+
+def folder_of(name: str) -> str:
+    """Where a checkpoint (`step-000400`) or the `model` stands in its run directory."""
+    return name if name == "model" else f"checkpoints/{name}"
+
+
+def fetch(transfer: Transfer, transport: Transport, leaving: Callable[[], bool]) -> bool:
+    """Bring a model or checkpoint here, going on where an earlier try was broken off; False if told to leave.
+
+    Raises FileNotFoundError if the host has it no more, :class:`Damaged` if a file came over with another digest,
+    :class:`Unwanted` if its run was deleted, HostProblem if the host is away.
+    """
+    run, folder = transfer.run, folder_of(transfer.name)
+    final = run.directory / folder
+    if final.is_dir():
+        return True
+    files = transport.files(run, folder)
+    if not files:
+        raise FileNotFoundError(f"The host has no {transfer.name} any more; only the newest checkpoints are kept.")
+    incoming = run.directory / f".{transfer.name}.incoming"
+    progress = _Progress(transfer, sum(file.size for file in files))
+    for file in files:
+        inside = Path(file.path).relative_to(folder)
+        if not _bring(run, transport, file.path, incoming / inside, progress, leaving):
+            return False
+    final.parent.mkdir(parents=True, exist_ok=True)
+    incoming.rename(final)
+    return True
+
+
+def _bring(
+    run: ModelRun, transport: Transport, name: str, to: Path, progress: _Progress, leaving: Callable[[], bool]
+) -> bool:
+    """One file; it has its final name once it is whole."""
+    if to.exists():
+        progress.add(to.stat().st_size)
+        return True
+    to.parent.mkdir(parents=True, exist_ok=True)
+    part = to.with_name(f"{to.name}.part")
+    sha = hashlib.sha256()
+    with open(os.open(part, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
+        while held := file.read(CHUNK):
+            sha.update(held)
+            progress.add(len(held))
+        while data := transport.read(run, name, file.tell(), CHUNK):
+            file.write(data)
+            sha.update(data)
+            progress.add(len(data))
+            if leaving():
+                return False
+        file.flush()
+        os.fsync(file.fileno())
+    if sha.hexdigest() != transport.digest(run, name):
+        part.unlink()
+        raise Damaged(f"{name} did not come over as it stands on the host; ask for it once more.")
+    os.chmod(part, 0o644)
+    part.rename(to)
+    return True
+
+
+class _Progress:
+    """How far a transfer is, told to its row once a second."""
+
+    def __init__(self, transfer: Transfer, total: int) -> None:
+        self.transfer, self.total, self.done, self.told = transfer, total, 0, 0.0
+
+    def add(self, size: int) -> None:
+        self.done += size
+        if time.monotonic() - self.told >= 1.0:
+            self.told = time.monotonic()
+            row = Transfer.objects.filter(pk=self.transfer.pk)
+            if not row.update(bytes_done=self.done, bytes_total=self.total):
+                raise Unwanted(f"{self.transfer.name} is not wanted any more")
+
+
+def settle(transfer: Transfer, error: str = "") -> None:
+    """The end of a transfer, whole or with an error."""
+    state = Transfer.State.FAILED if error else Transfer.State.DONE
+    changes = {"state": state, "error": error, "ended_at": timezone.now()}
+    Transfer.objects.filter(pk=transfer.pk).update(**changes)
