@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -30,6 +31,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -44,6 +46,8 @@ CHUNK = 256 * 1024
 _LOG_LINES = 20
 #: A lock that was not touched for so many seconds has lost the supervisor that touches it.
 _SIGN_OF_LIFE = 120.0
+#: A disk with fewer bytes left is full.
+_FULL = 1 << 20
 #: In the environment of all that a trainer starts: its run directory. Who leaves its process group is found by it.
 _MARK = "KANGAROO_RUN"
 #: In an experiment's directory whose removal has begun.
@@ -194,7 +198,7 @@ def _supervise(directory: Path, attempt: int, lock: int, ready: int, instead: li
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     processes = 1 if instead or os.environ.get("KANGAROO_TRAINER") else int(os.environ.get("KANGAROO_PROCESSES") or 1)
-    command = instead or _command(directory, processes)
+    command = instead if instead is not None else _command(directory, processes)
     record: dict[str, Any] = {
         "attempt": attempt,
         "boot_id": boot_id(),
@@ -205,11 +209,9 @@ def _supervise(directory: Path, attempt: int, lock: int, ready: int, instead: li
         "supervisor": identity(os.getpid()),
         "trainer": None,
     }
-    try:
+    with _telling(ready):
         _write(directory / "process.json", record)
-    except OSError as error:  # a full disk, most likely: whoever wanted the start is told
-        os.write(ready, str(error.errno).encode())
-        raise
+        room = _Room(directory)
     oom_kills = _oom_kills()
     try:
         trainer = subprocess.Popen(  # a session of its own, so that its whole group can be stopped
@@ -222,13 +224,18 @@ def _supervise(directory: Path, attempt: int, lock: int, ready: int, instead: li
         )
     except OSError as error:
         print(f"cannot start {command[0]}: {error}", flush=True)
-        _write(directory / "exit.json", _exit(directory, attempt, 127, False))
+        room.write("exit.json", _exit(directory, attempt, 127, False))
         os.write(ready, b"ready")
         return
     with contextlib.suppress(OSError):  # where memory runs out, what can be resumed goes before what serves the site
         Path(f"/proc/{trainer.pid}/oom_score_adj").write_text("500")
     record["trainer"] = identity(trainer.pid)
-    _write(directory / "process.json", record)
+    with _telling(ready):
+        try:
+            _write(directory / "process.json", record)
+        except OSError:
+            _kill(directory, trainer.pid)
+            raise
     os.write(ready, b"ready")
     os.close(ready)
 
@@ -246,7 +253,17 @@ def _supervise(directory: Path, attempt: int, lock: int, ready: int, instead: li
     _kill(directory, trainer.pid)  # whatever it left behind
     # Of several processes it is one of the workers that the kernel kills, and torchrun that ends with a code.
     killed = code == -signal.SIGKILL or (processes > 1 and code != 0)
-    _write(directory / "exit.json", _exit(directory, attempt, code, killed and _oom_kills() > oom_kills))
+    room.write("exit.json", _exit(directory, attempt, code, killed and _oom_kills() > oom_kills))
+
+
+@contextlib.contextmanager
+def _telling(ready: int) -> Iterator[None]:
+    """Tell whoever wanted the start what stands in its way: a full disk, most likely."""
+    try:
+        yield
+    except OSError as error:
+        os.write(ready, str(error.errno).encode())
+        raise
 
 
 def _command(directory: Path, processes: int) -> list[str]:
@@ -261,14 +278,36 @@ def _command(directory: Path, processes: int) -> list[str]:
     return [*program, "run", spec, "--out", out, "--only", directory.name, "--resume"]
 
 
+class _Room:
+    """Room on the disk for a few words to come: how a trainer ended must be told also where it has filled the disk."""
+
+    _BYTES = 128 * 1024
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / ".room"
+        self._path.write_bytes(bytes(self._BYTES))
+
+    def write(self, name: str, value: Mapping[str, Any]) -> None:
+        with open(self._path, "r+b") as file:  # over the zeros, whose blocks it has
+            file.write(json.dumps(value).encode())
+            file.truncate()
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(self._path, self._path.with_name(name))
+
+
 def _exit(directory: Path, attempt: int, code: int, out_of_memory: bool) -> dict[str, Any]:
+    log = last_lines(directory / "log.txt")
+    disk = os.statvfs(directory)
+    if code and disk.f_bavail * disk.f_frsize < _FULL and (full := os.strerror(errno.ENOSPC)) not in log:
+        log += f"\n{full}: {directory}"  # where there is no room, there was none for the trainer's last words either
     return {
         "attempt": attempt,
         "code": code if code >= 0 else None,
         "signal": -code if code < 0 else None,
         "out_of_memory": out_of_memory,
         "at": time.time(),
-        "log": last_lines(directory / "log.txt"),
+        "log": log.lstrip("\n"),
     }
 
 
@@ -355,12 +394,17 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def _write(path: Path, value: Mapping[str, Any]) -> None:
     """Whole or not at all, also through a loss of power."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w") as file:
-        json.dump(value, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        with open(temporary, "w") as file:
+            json.dump(value, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def belongs_elsewhere(directory: str | Path) -> bool:
@@ -389,10 +433,15 @@ def stop(directory: str | Path, grace: float = GRACE, *, wait: bool = False) -> 
         return True
     asked = _read(directory / "stop")
     if asked is None or asked.get("grace", GRACE) > grace:
-        _write(directory / "stop", {"at": asked["at"] if asked else time.time(), "grace": grace})
+        try:
+            _write(directory / "stop", {"at": asked["at"] if asked else time.time(), "grace": grace})
+        except OSError:  # a full disk has room for a name, still
+            (directory / "stop").touch()
     while True:
         process = _read(directory / "process.json")
-        if process and (grace <= 0 or not is_alive(process["supervisor"])):
+        if process and grace <= 0 and is_alive(process["trainer"]):
+            _kill(directory, process["trainer"]["pid"])
+        elif process and not is_alive(process["supervisor"]):
             _act_on_stop(directory, process)
         gone = not status(directory)["alive"]
         if gone or not wait:
@@ -409,7 +458,7 @@ def _act_on_stop(directory: Path, process: Mapping[str, Any]) -> None:
     # torchrun, at SIGTERM, gives its workers 30 s and then kills them in the middle of their checkpoint. All of them
     # heed the file, so where there are several, the signal comes late, for those that do not come to look at it.
     patience = max(grace / 2, grace - 30) if process.get("processes", 1) > 1 else 0
-    with contextlib.suppress(ProcessLookupError, PermissionError):
+    with contextlib.suppress(OSError):  # gone meanwhile, or no room to write
         if waited >= grace:
             _kill(directory, trainer["pid"])
         elif waited >= patience and not asked.get("signalled"):

@@ -118,7 +118,9 @@ class Relay:
 
     def begin(self, name: str, command: list[str], attempt: int, env: dict[str, str] | None = None) -> Answer:
         """Start a command as a task, watched as a trainer is. "python" stands for the interpreter of the relay."""
-        if command[:1] == ["python"]:
+        if not command:
+            raise ValueError("no command to begin")
+        if command[0] == "python":
             command = [sys.executable, *command[1:]]
         env = {**os.environ, **(env or {})}
         outcome = agent.start(self._task(name), attempt, env=env, command=command, launcher=machine.launcher())
