@@ -5,6 +5,10 @@
     grow SOURCE --shape d_model=512,n_layers=4 --out DIR   grow a checkpoint and nothing else
     agent start|status|stop|tail DIR                   a run that outlives whoever started it
 
+Several processes train one model together, each on its share of every batch, when torchrun starts them:
+
+    python -m torch.distributed.run --standalone --nproc-per-node 2 -m trainer run SPEC.json --out DIR --only NAME
+
 Exits with 0 when done, or stopped with a checkpoint; 1 when a run failed; 2 when what was asked for cannot be.
 """
 
@@ -16,11 +20,15 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from trainer.agent import cores
+from trainer.processes import here
 
 if TYPE_CHECKING:
     from trainer.spec import ExperimentSpec
@@ -95,6 +103,8 @@ def _run(given: argparse.Namespace) -> int:
 
     spec = load_spec(given.spec)
     if given.only is None:
+        if not here().alone:
+            raise SpecError([Problem("--only", None, "several processes train one model; name it")])
         return _run_all(given, spec)
     if given.only not in spec.models:
         raise SpecError([Problem("--only", given.only, f"there is no such model; there is {', '.join(spec.models)}")])
@@ -102,36 +112,38 @@ def _run(given: argparse.Namespace) -> int:
 
 
 def _run_one(given: argparse.Namespace, spec: ExperimentSpec, name: str) -> int:
-    """Train one model in this process."""
+    """Train one model in this process, or this process's share of it."""
     try:
         threads = given.threads or _threads(os.environ.get("KANGAROO_THREADS") or str(cores()))
     except argparse.ArgumentTypeError as error:
         print(f"KANGAROO_THREADS: {error}", file=sys.stderr)
         return 2
-    _set_threads(threads)
-    from trainer.display import display_for
-    from trainer.run import RunError, run
-
+    processes = here()
+    _set_threads(threads // processes.count or 1)
     stop = _StopOnSignal()
+    if not processes.alone:
+        os.environ["RAYON_NUM_THREADS"] = str(threads)  # of the first, which makes the tokens while the others wait
+        # Killed, torchrun takes none of its own with it, and the next attempt may not find them still at work.
+        _once_orphaned(os.getppid(), lambda: os.kill(os.getpid(), signal.SIGKILL))
+    elif parent := os.environ.get("KANGAROO_PARENT"):
+        _once_orphaned(int(parent), stop.ask)
+    from trainer.display import display_for
+    from trainer.run import RunError, follow, run
+
     directory = given.out / name
+    how = {"cache": given.cache, "threads": threads // processes.count or 1, "stop": stop}
+    if not processes.first:
+        _leave(0 if follow(spec, name, directory, **how) else 1)
     display = display_for(sys.stdout, directory / "log.txt", named=False)
     last = "finished"
     try:
-        for event in run(
-            spec,
-            name,
-            directory,
-            resume=given.resume,
-            cache=given.cache,
-            threads=threads,
-            attempt=int(os.environ.get("KANGAROO_ATTEMPT") or 1),
-            stop=stop,
-        ):
+        attempt = int(os.environ.get("KANGAROO_ATTEMPT") or 1)
+        for event in run(spec, name, directory, resume=given.resume, attempt=attempt, **how):
             last = event.kind
             try:
                 display.show(name, event.model_dump(mode="json"))
             except BrokenPipeError:  # whoever was reading has gone: stop, with a checkpoint
-                stop.asked = True
+                stop.ask()
                 sys.stdout = open(os.devnull, "w")  # noqa: SIM115
                 display = display_for(sys.stdout, None, named=False)
     except RunError as error:
@@ -139,7 +151,28 @@ def _run_one(given: argparse.Namespace, spec: ExperimentSpec, name: str) -> int:
         return 2
     finally:
         display.close()
-    return 1 if last == "failed" else 0
+    code = 1 if last == "failed" else 0
+    if not processes.alone:
+        _leave(code)
+    return code
+
+
+def _once_orphaned(parent: int, act: Callable[[], None]) -> None:
+    """`act`, in a thread, when the process `parent` that started this one is gone."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        act()
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _leave(code: int) -> NoReturn:
+    """End one of several processes, whatever the threads of its collectives are still waiting for."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _run_all(given: argparse.Namespace, spec: ExperimentSpec) -> int:
@@ -164,7 +197,8 @@ def _run_all(given: argparse.Namespace, spec: ExperimentSpec) -> int:
         command += ["--cache", str(given.cache)] if given.cache else []
         command += ["--threads", str(given.threads)] if given.threads else []
         with (directory / "log.txt").open("ab") as log:
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log)
+            environment = os.environ | {"KANGAROO_PARENT": str(os.getpid())}
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=environment)
             stop.forward_to = process
             assert process.stdout is not None
             for line in process.stdout:
@@ -197,6 +231,9 @@ class _StopOnSignal:
 
     def __call__(self) -> bool:
         return self.asked
+
+    def ask(self) -> None:
+        self.asked = True
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.asked and number == signal.SIGINT:

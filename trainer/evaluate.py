@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trainer.processes import Processes
+
 #: Positions whose logits exist at once.
 HEAD_CHUNK = 512
 #: Windows in a batch of evaluation; the speed is the same from 8 to 64.
@@ -45,20 +47,25 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
 
 
 @torch.inference_mode()
-def evaluate(model: Any, held_out: Windows, *, precision: str, bytes_per_token: float) -> dict[str, float | int]:
+def evaluate(
+    model: Any, held_out: Windows, *, precision: str, bytes_per_token: float, processes: Processes | None = None
+) -> dict[str, float | int]:
     """Cross-entropy (nats a token), perplexity, bits per byte and next-token accuracy over `held_out`.
 
-    Bits per byte divides by the split's bytes a token, which makes models with different tokenizers comparable.
+    Bits per byte divides by the split's bytes a token, which makes models with different tokenizers comparable. Several
+    processes share the windows, and all get the same figures.
     """
-    device = model.device
+    device, processes = model.device, processes or Processes()
     model.eval()
     total = torch.zeros((), dtype=torch.float64, device=device)
     right = torch.zeros((), dtype=torch.int64, device=device)
-    for batch in _batches(held_out, device):
+    for batch in _batches(held_out[processes.rank :: processes.count], device):
         with autocast(device, precision):
             for logits, targets in _logits(model, batch):
                 total += F.cross_entropy(logits, targets, reduction="sum").double()
                 right += (logits.argmax(-1) == targets).sum()
+    processes.total(total)
+    processes.total(right)
     n_tokens = held_out.shape[0] * (held_out.shape[1] - 1)
     cross_entropy = total.item() / n_tokens
     return {

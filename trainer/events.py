@@ -71,9 +71,10 @@ class Prepared(_Event):
     tokens_per_step: int
     flops_per_token: float
     device: str  # "cpu" or "cuda"
-    device_name: str
+    device_name: str  # "2 x NVIDIA H100" where each of two processes has its own
+    processes: int = 1  # that share each batch
     precision: Literal["fp32", "bf16"]
-    threads: int
+    threads: int  # of each process
     seed: int
     resumed_from: int | None = None
     setup_seconds: float

@@ -42,6 +42,7 @@ from trainer.events import Event, Failed, Finished
 from trainer.families import Described, FamilyError, build_model, get_family, read_config
 from trainer.growth import GrowthError, plan
 from trainer.growth.apply import SourceError, grow_checkpoint
+from trainer.processes import Processes, here, is_lost
 from trainer.shape import CheckpointInit, GrowInit, RandomInit
 from trainer.spec import DataSpec, ExperimentSpec, SpecError, TrainSpec, for_transformers, load_spec
 
@@ -79,23 +80,74 @@ def run(
     With `resume` it goes on from the last checkpoint, if there is one; a finished run yields nothing. It ends early,
     with a checkpoint, once `stop()` is true or the file `stop` is there. What goes wrong ends it with a `failed`
     event; :class:`RunError` is raised, before any event, where the folder is not this run's.
+
+    Of several processes (:mod:`trainer.processes`) the first does this, while the others :func:`follow`.
     """
+    processes, step, well = here(), None, False
+    try:
+        with _open(spec, directory, resume) as log:
+            if log.finished:
+                return
+            try:
+                cache, wish = cache or default_cache(), _wish(stop, directory)
+                for fields in _story(spec, name, directory, cache, threads, attempt, wish, processes):
+                    step = fields.get("step", step)
+                    yield log.write(fields)
+                well = True
+            except GeneratorExit:
+                raise
+            except BaseException as error:
+                well = isinstance(error, StopRequested)
+                yield log.write(_ending(error, step, processes))
+    finally:
+        processes.leave(well=well)
 
-    def stopping() -> bool:
-        return stop() or (directory / "stop").exists()
 
-    step: int | None = None
-    with _open(spec, directory, resume) as log:
-        if log.finished:
-            return
-        try:
-            for fields in _story(spec, name, directory, cache or default_cache(), threads, attempt, stopping):
-                step = fields.get("step", step)
-                yield log.write(fields)
-        except GeneratorExit:
-            raise
-        except BaseException as error:
-            yield log.write(ending(error, step))
+def follow(
+    spec: ExperimentSpec,
+    name: str,
+    directory: Path,
+    *,
+    cache: Path | None = None,
+    threads: int | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> bool:
+    """What each process but the first does: the same work, of which it writes nothing. Whether it went well."""
+    processes, step, well = here(), None, False
+    try:
+        cache, wish = cache or default_cache(), _wish(stop, directory)
+        for fields in _story(spec, name, directory, cache, threads, 0, wish, processes):
+            step = fields.get("step", step)
+        well = True
+    except StopRequested:
+        well = True
+    except RunError:
+        pass  # the first process has found the same
+    except BaseException as error:
+        fields = _ending(error, step, processes)
+        if processes.fail(fields):
+            print(f"Process {processes.rank} of {processes.count}: {fields.get('message')}", file=sys.stderr)
+    finally:
+        processes.leave(well=well)
+    return well
+
+
+def _wish(stop: Callable[[], bool], directory: Path) -> Callable[[], bool]:
+    return lambda: stop() or (directory / "stop").exists()
+
+
+def _ending(error: BaseException, step: int | None, processes: Processes) -> Fields:
+    """The fields of the event that ends this process's run: where another's failure was the cause, of that."""
+    if isinstance(error, RunError):
+        return {"kind": "failed", "reason": "error", "message": str(error), "step": step}
+    if not processes.alone and (is_lost(error) or isinstance(error, StopRequested)):
+        if told := processes.failure():
+            return told
+        if is_lost(error):
+            print(f"Process {processes.rank} of {processes.count}: {error}", file=sys.stderr)
+            message = f"One of the run's {processes.count} processes was lost; its log may say why."
+            return {"kind": "failed", "reason": "error", "message": message, "step": step}
+    return ending(error, step)
 
 
 def _story(
@@ -106,8 +158,9 @@ def _story(
     threads: int | None,
     attempt: int,
     stop: Callable[[], bool],
+    processes: Processes,
 ) -> Iterator[Fields]:
-    """The fields of the run's events, in order."""
+    """The fields of the run's events, in order; all processes go through it."""
     began = time.perf_counter()
     yield {
         "kind": "started",
@@ -117,6 +170,8 @@ def _story(
         "versions": {"python": platform.python_version(), "kangaroo": __version__},
     }
 
+    settings = spec.train_of(name)
+    _check_share(settings, processes)
     # What torch.compile makes outlives the run, like the text.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache.parent / "compiled"))
     # Importing torch and the model classes takes seconds, so it goes on beside the preparation of the text.
@@ -124,10 +179,18 @@ def _story(
     imports.start()
     if _reads_with_libraries(spec.data):
         imports.join()  # `datasets` looks into transformers, and fails where that is half imported
-    prepared = yield from _prepare(spec, cache, stop)
-    for note in prepared.notes:
-        yield {"kind": "warning", "message": note}
-    imports.join()
+    if processes.first:
+        prepared = yield from _prepare(spec, cache, stop)
+        for note in prepared.notes:
+            yield {"kind": "warning", "message": note}
+        imports.join()
+        processes.from_first("the text", prepared.fingerprint, stop)
+    else:
+        imports.join()
+        fingerprint = processes.from_first("the text", None, stop)
+        prepared = prepare(spec.data, cache)  # it is there
+        if prepared.fingerprint != fingerprint:
+            raise DataError("The text has changed while it was prepared. Begin again.")
 
     import torch
     from transformers.utils import logging
@@ -137,8 +200,8 @@ def _story(
     logging.disable_progress_bar()  # it would draw one for each file it writes
     torch.set_num_threads(threads or torch.get_num_threads())
     torch.set_float32_matmul_precision("high")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    settings = spec.train_of(name)
+    device = _device(processes)
+    processes.begin(device)
     tokens = prepared.train.array()
     _check_lengths(settings, prepared)
     total_steps = budget.training_steps(settings, prepared.train.n_tokens)
@@ -155,8 +218,9 @@ def _story(
         yield {"kind": "preparing", "what": "making the first weights"}
         state = train.State()
         widest = max((m.shape.d_model for m in spec.models.values() if m.shape), default=768)
-        precision = train.choose_precision(settings.precision, widest, device)
-        model, grown = _first_weights(spec, name, directory, prepared, device)
+        precision = train.choose_precision(settings.precision, widest, device) if processes.first else ""
+        precision = processes.from_first("the precision", precision, stop)
+        model, grown = _first_weights(spec, name, directory, prepared, device, processes)
     _check_model(model, prepared, settings)
     attention.use_in(model)
     family, described = spec.models[name].family, _describe(spec, name, model)
@@ -179,7 +243,8 @@ def _story(
         "tokens_per_step": settings.tokens_per_step,
         "flops_per_token": flops_per_token,
         "device": device.type,
-        "device_name": _device_name(device),
+        "device_name": _device_name(device, processes),
+        "processes": processes.count,
         "precision": precision,
         "threads": torch.get_num_threads(),
         "seed": settings.seed,
@@ -204,6 +269,7 @@ def _story(
         flops_per_token=flops_per_token,
         precision=precision,
         identity=identity,
+        processes=processes,
     )
     last = state.progress()
     eval_seconds = state.eval_seconds
@@ -213,13 +279,17 @@ def _story(
         yield fields
 
     start = time.perf_counter()
-    figures = evaluate.evaluate(model, test, precision=precision, bytes_per_token=prepared.test.bytes_per_token)
+    figures = evaluate.evaluate(
+        model, test, precision=precision, bytes_per_token=prepared.test.bytes_per_token, processes=processes
+    )
     if not math.isfinite(figures["cross_entropy"]):
         raise Diverged(last["step"], "The test loss")
     seconds = time.perf_counter() - start
     eval_seconds += seconds
     yield {"kind": "eval", "split": "test", **last, **figures, "eval_seconds": seconds}
 
+    if not processes.first:
+        return
     tokenizer = _tokenizer(prepared)
     for sample in evaluate.samples(model, tokenizer, test, prepared.end_of_text):
         yield {"kind": "sample", "step": last["step"], **sample}
@@ -282,6 +352,35 @@ def _prepare(spec: ExperimentSpec, cache: Path, stop: Callable[[], bool]) -> Gen
     return outcome[0]
 
 
+def _check_share(settings: TrainSpec, processes: Processes) -> None:
+    if not processes.alone and os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+        raise RunError("The processes of a run must be on one machine: torchrun --nnodes 1 would be right.")
+    size, count = settings.batch_size, processes.count
+    if size % count:
+        right = " or ".join(str(n) for n in (size // count * count, (size // count + 1) * count) if n)
+        raise RunError(
+            f"train.batch_size {size}: {count} processes share each batch in equal parts; {right} would be right, or "
+            "another number of processes."
+        )
+
+
+def _device(processes: Processes) -> torch.device:
+    """A GPU of its own for each process, where there is any."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if processes.alone:
+        return torch.device("cuda")
+    if processes.count > torch.cuda.device_count():
+        raise RunError(
+            f"The run has {processes.count} processes, but {torch.cuda.device_count()} GPUs are visible; each process "
+            "needs its own."
+        )
+    torch.cuda.set_device(processes.rank)
+    return torch.device("cuda", processes.rank)
+
+
 def _check_lengths(settings: TrainSpec, prepared: Prepared) -> None:
     if prepared.train.n_tokens < settings.n_ctx + 1:
         raise DataError(
@@ -294,18 +393,23 @@ def _check_lengths(settings: TrainSpec, prepared: Prepared) -> None:
 
 
 def _first_weights(
-    spec: ExperimentSpec, name: str, directory: Path, prepared: Prepared, device: torch.device
+    spec: ExperimentSpec, name: str, directory: Path, prepared: Prepared, device: torch.device, processes: Processes
 ) -> tuple[Any, Fields | None]:
-    """The model before its first step, and what growth did if it was grown."""
+    """The model before its first step, and what growth did if it was grown here."""
     model = spec.models[name]
     if isinstance(model.init, GrowInit):
-        return _grown(spec, name, directory, prepared, device)
+        return _grown(spec, name, directory, prepared, device, processes)
     if isinstance(model.init, CheckpointInit):
         try:
             source = for_transformers(model.init.path)
         except ValueError as error:
             raise CheckpointError(f"{model.init.path} cannot be loaded: {error}") from error
-        return _load(source, device), None
+        if not processes.first:
+            processes.wait()  # until the first has it: it may have to be fetched
+        loaded = _load(source, device)
+        if processes.first:
+            processes.wait()
+        return loaded, None
     assert model.shape is not None
     return _fresh(spec, name, prepared).to(device), None
 
@@ -354,8 +458,9 @@ def _d_vocab(spec: ExperimentSpec, prepared: Prepared) -> int:
 
 
 def _grown(
-    spec: ExperimentSpec, name: str, directory: Path, prepared: Prepared, device: torch.device
-) -> tuple[Any, Fields]:
+    spec: ExperimentSpec, name: str, directory: Path, prepared: Prepared, device: torch.device, processes: Processes
+) -> tuple[Any, Fields | None]:
+    """The first process grows, all load what it has grown, and it measures."""
     from trainer import evaluate
 
     model = spec.models[name]
@@ -374,6 +479,11 @@ def _grown(
         )
     start = time.perf_counter()
     weights = directory / ".grown"
+    if not processes.first:
+        processes.wait()
+        child = _load(weights, device)
+        processes.wait()
+        return child, None
     shutil.rmtree(weights, ignore_errors=True)
     try:
         parent_shape, n_positions, d_vocab, tied = get_family(model.family).shape_of(read_config(source))
@@ -381,7 +491,9 @@ def _grown(
             model.family, parent_shape, model.shape, model.init, n_positions=n_positions, d_vocab=d_vocab, tied=tied
         )
         grow_checkpoint(source, weights, growth, settings.seed)
+        processes.wait()
         child = _load(weights, device)
+        processes.wait()
     except (FamilyError, GrowthError, SourceError) as error:
         raise CheckpointError(f"{name} cannot be grown from {source}: {error}") from error
     finally:
@@ -478,11 +590,12 @@ def _version(package: str) -> str:
         return "unknown"
 
 
-def _device_name(device: torch.device) -> str:
+def _device_name(device: torch.device, processes: Processes) -> str:
     import torch
 
     if device.type == "cuda":
-        return str(torch.cuda.get_device_name(device))
+        times = "" if processes.alone else f"{processes.count} x "
+        return times + str(torch.cuda.get_device_name(device))
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

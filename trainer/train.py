@@ -5,6 +5,8 @@ What it promises:
 * Batches are a function of (seed, step) and the training tokens alone: every model of an experiment sees the same ones.
 * The same seed gives the same losses, and a run that was stopped and resumed gives those of one that was not, to the
   last bit on one machine with the same number of threads.
+* Several processes share each batch of one run (:mod:`trainer.processes`) and give the losses of one process, but for
+  the rounding of sums in another order. It may be resumed with another number of them.
 * Checkpoints are whole or absent, hold no pickled code, and are folders that `AutoModelForCausalLM` loads.
 
 Where the speed comes from: matrix products in bfloat16 where the machine does those faster; a loss that never holds
@@ -34,6 +36,7 @@ from torch import Tensor
 
 from trainer.endings import CheckpointError, Diverged, StopRequested
 from trainer.evaluate import Windows, autocast, evaluate
+from trainer.processes import Processes
 from trainer.spec import TrainSpec
 
 #: An event's fields, its kind included; :mod:`trainer.run` gives it a number and a time.
@@ -41,7 +44,8 @@ Fields = dict[str, Any]
 
 #: `train` events of a run, at most; a longer run reports the mean over several steps.
 MOST_TRAIN_EVENTS = 2000
-#: Losses stay on the device and are read together, this often.
+#: Losses stay on the device and are read together, this often; several processes then also tell each other of a wish to
+#: stop.
 FLUSH_SECONDS = 1.0
 #: Positions whose logits exist at once.
 LOSS_CHUNK = 512
@@ -83,22 +87,26 @@ class Task:
     flops_per_token: float
     precision: str  # "fp32" or "bf16"
     identity: Fields = field(default_factory=dict)  # what a checkpoint must agree on to be resumed from
+    processes: Processes = field(default_factory=Processes)
 
 
 def train(model: Any, task: Task, state: State, stop: Callable[[], bool]) -> Iterator[Fields]:
     """Train `model` from `state` to `task.total_steps`. Yields the fields of events; the last is the final evaluation.
 
-    Raises :class:`Diverged`, or :class:`StopRequested` after writing a checkpoint.
+    Raises :class:`Diverged`, or :class:`StopRequested` after writing a checkpoint. Of several processes all yield the
+    same, but only the first saves.
     """
-    settings, device = task.settings, model.device
-    batches = Batches(task.tokens, settings.n_ctx, settings.batch_size, task.batch_seed)
+    settings, device, processes = task.settings, model.device, task.processes
+    batches = Batches(
+        task.tokens, settings.n_ctx, settings.batch_size, task.batch_seed, processes.share(settings.batch_size)
+    )
     optimizer = make_optimizer(model, settings)
     if state.step:
         load_optimizer(optimizer, model, task.directory / checkpoint_path(state.step))
-    body = torch.compile(model.base_model, dynamic=False) if settings.compile else model.base_model
+    objective = processes.averaging(Objective(model, settings.compile))
     parameters = list(model.parameters())
     report_every = max(1, math.ceil(task.total_steps / MOST_TRAIN_EVENTS))
-    meter = Meter(state, task, report_every)
+    meter = Meter(state, task, report_every, stop)
     resumed_from = state.step if state.step else None
 
     while True:
@@ -110,10 +118,11 @@ def train(model: Any, task: Task, state: State, stop: Callable[[], bool]) -> Ite
         if step == task.total_steps:
             yield from meter.flush()
             return
-        stopping = stop()
+        stopping = meter.stopping()
         if step != resumed_from and step and (stopping or step % settings.checkpoint_every == 0):
             yield from meter.flush()
-            yield save_checkpoint(model, optimizer, task, meter.state())
+            if processes.first:
+                yield save_checkpoint(model, optimizer, task, meter.state())
         if stopping:
             yield from meter.flush()
             raise StopRequested(step, str(checkpoint_path(step)) if step else None)
@@ -125,9 +134,8 @@ def train(model: Any, task: Task, state: State, stop: Callable[[], bool]) -> Ite
             group["lr"] = lr
         inputs, targets = batches.at(step, device)  # [B, T] each
         with autocast(device, task.precision):
-            hidden = body(input_ids=inputs, use_cache=False).last_hidden_state  # [B, T, d]
-            loss = linear_cross_entropy(hidden.flatten(0, 1), model.get_output_embeddings().weight, targets.flatten())
-        loss.backward()  # type: ignore[no-untyped-call]
+            loss = objective(inputs, targets)
+        loss.backward()
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if settings.grad_clip is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, settings.grad_clip, norm)
@@ -143,18 +151,21 @@ class Batches:
     """Windows of the training tokens, [B, T + 1], in an order that depends on (seed, step) alone.
 
     An epoch sees every window once, in a new order, the windows' borders shifted by a new offset; the first epoch's
-    begin at the first token.
+    begin at the first token. Of each batch only the rows of `share` are made.
     """
 
-    def __init__(self, tokens: np.ndarray[Any, Any], n_ctx: int, batch_size: int, seed: int):
+    def __init__(
+        self, tokens: np.ndarray[Any, Any], n_ctx: int, batch_size: int, seed: int, share: slice = slice(None)
+    ):
         self.tokens, self.n_ctx, self.batch_size, self.seed = tokens, n_ctx, batch_size, seed
+        self.rows = range(batch_size)[share]
         self.spare = min(n_ctx, len(tokens) - n_ctx)  # how many different offsets an epoch can have
         self.per_epoch = (len(tokens) - self.spare) // n_ctx
         self._epoch, self._starts = -1, np.empty(0, np.int64)
 
     def at(self, step: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Inputs and targets, [B, T] each, of the batch that step `step` + 1 is made with."""
-        starts = [self._start(step * self.batch_size + i) for i in range(self.batch_size)]
+        starts = [self._start(step * self.batch_size + i) for i in self.rows]
         rows = np.stack([self.tokens[s : s + self.n_ctx + 1] for s in starts]).astype(np.int64)
         batch = torch.from_numpy(rows)
         if device.type == "cuda":
@@ -172,6 +183,21 @@ class Batches:
 
 
 # --- Loss -------------------------------------------------------------------------------------------------------------
+
+
+class Objective(torch.nn.Module):
+    """The loss of a batch as a module of its own: what averages gradients must see every parameter, the head's too."""
+
+    def __init__(self, model: Any, compiled: bool):
+        super().__init__()
+        self.model = model
+        self.body = torch.compile(model.base_model, dynamic=False) if compiled else model.base_model
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Of inputs and targets [B, T]."""
+        hidden = self.body(input_ids=inputs, use_cache=False).last_hidden_state  # [B, T, d]
+        weight = self.model.get_output_embeddings().weight
+        return linear_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten())
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -265,10 +291,14 @@ class Meter:
     """Totals, and the `train` events: each the mean over the `every` steps before it.
 
     Which steps have an event depends on the step alone, so a step that is trained again reports the same values.
+
+    Several processes speak to each other in :meth:`flush` alone, which all must call after the same steps. So the clock
+    of one is followed: it says, at each flush, how many steps lie before the next.
     """
 
-    def __init__(self, state: State, task: Task, every: int):
-        self.base, self.task, self.every = state, task, every
+    def __init__(self, state: State, task: Task, every: int, stop: Callable[[], bool] = lambda: False):
+        self.base, self.task, self.every, self._stop = state, task, every, stop
+        self.processes = task.processes
         self.step = state.step
         self.train_seconds, self.eval_seconds = state.train_seconds, state.eval_seconds
         self.pending = list(state.pending)
@@ -276,6 +306,12 @@ class Meter:
         self._started: float | None = None
         self._flushed = time.perf_counter()
         self._reported = (state.step, state.train_seconds)
+        self._flush_at = state.step + 1  # by several processes
+        self._agreed = False  # to stop, by several processes
+
+    def stopping(self) -> bool:
+        """Whether to stop before the next step; the same in all processes."""
+        return self._stop() if self.processes.alone else self._agreed
 
     def start(self) -> None:
         """The clock of training runs until the next flush."""
@@ -288,13 +324,13 @@ class Meter:
         self.step += 1
         self.train_seconds = now - self._started
         self._unread.append((self.step, loss.detach(), norm.detach(), lr, self.train_seconds))
-        if now - self._flushed >= FLUSH_SECONDS:
+        if now - self._flushed >= FLUSH_SECONDS if self.processes.alone else self.step >= self._flush_at:
             yield from self.flush()
 
     def flush(self) -> Iterator[Fields]:
         """Read the losses from the device (which waits for it), and stop the clock."""
         if self._unread:
-            values = torch.stack([torch.stack((loss, norm.to(loss))) for _, loss, norm, _, _ in self._unread]).tolist()
+            values = self._read()
             assert self._started is not None
             self.train_seconds = time.perf_counter() - self._started
         else:
@@ -323,10 +359,28 @@ class Meter:
         self._unread.clear()
         self._flushed = time.perf_counter()
 
+    def _read(self) -> list[list[float]]:
+        """Loss and norm of the gradient of each step since the last flush: the means over all processes."""
+        values = torch.stack([torch.stack((loss, norm.to(loss))) for _, loss, norm, _, _ in self._unread])
+        if self.processes.alone:
+            return values.tolist()
+        # All that is to be told in one sum. A second's worth of steps is not known before there were some.
+        steps, seconds = len(self._unread), time.perf_counter() - self._flushed
+        ahead = max(1, min(2 * steps, int(steps * FLUSH_SECONDS / seconds)))
+        word = values.new_tensor([self._stop(), ahead if self.processes.first else 0], dtype=torch.float64)
+        told = self.processes.total(torch.cat((values.double().flatten(), word)))
+        *_, wishes, ahead = told.tolist()
+        self._agreed, self._flush_at = wishes > 0, self.step + int(ahead)
+        return (told[:-2].view(-1, 2) / self.processes.count).tolist()
+
     def evaluate(self, model: Any) -> Fields:
         start = time.perf_counter()
         figures = evaluate(
-            model, self.task.held_out, precision=self.task.precision, bytes_per_token=self.task.bytes_per_token
+            model,
+            self.task.held_out,
+            precision=self.task.precision,
+            bytes_per_token=self.task.bytes_per_token,
+            processes=self.processes,
         )
         if not math.isfinite(figures["cross_entropy"]):
             raise Diverged(self.step, "The validation loss")
