@@ -1,4 +1,4 @@
-"""The site map of experiments."""
+"""The site map of experiments and of the hosts that they train on."""
 
 from django.urls import path
 
@@ -19,6 +19,18 @@ urlpatterns = [
     path("experiments/<uuid:pk>/delete/", views.delete, name="delete"),
     path("experiments/<uuid:pk>/<slug:name>/log/", views.log, name="log"),
     path("experiments/<uuid:pk>/<slug:name>/checkpoint/<slug:checkpoint>/", views.checkpoint, name="checkpoint"),
+    path("experiments/<uuid:pk>/<slug:name>/fetch/<slug:checkpoint>/", views.fetch, name="fetch"),
+    path("hosts/", views.hosts, name="hosts"),
+    path("hosts/add/", views.host_add, name="host_add"),
+    path("hosts/<int:pk>/", views.host, name="host"),
+    path("hosts/<int:pk>/edit/", views.host_edit, name="host_edit"),
+    path("hosts/<int:pk>/confirm/", views.host_confirm, name="host_confirm"),
+    path("hosts/<int:pk>/credential/", views.host_credential, name="host_credential"),
+    path("hosts/<int:pk>/look/", views.host_look, name="host_look"),
+    path("hosts/<int:pk>/set-up/", views.host_set_up, name="host_set_up"),
+    path("hosts/<int:pk>/task/<int:task>/cancel/", views.host_task_cancel, name="host_task_cancel"),
+    path("hosts/<int:pk>/offer/", views.host_offer, name="host_offer"),
+    path("hosts/<int:pk>/delete/", views.host_delete, name="host_delete"),
     path("docs/", views.docs, name="docs"),
     path("docs/<slug:page>/", views.docs, name="docs_page"),
 ]

@@ -1,11 +1,26 @@
-"""Pages and fragments, a function each: `pages` (home, docs), `train` (the Train page), `results` (what came of it)."""
+"""Pages and fragments, a function each: `pages` (home, docs), `train` (the Train page), `results` (what came of it),
+`hosts` (machines of one's own)."""
 
+from experiments.views.hosts import (
+    host,
+    host_add,
+    host_confirm,
+    host_credential,
+    host_delete,
+    host_edit,
+    host_look,
+    host_offer,
+    host_set_up,
+    host_task_cancel,
+    hosts,
+)
 from experiments.views.pages import docs, home
 from experiments.views.results import (
     checkpoint,
     delete,
     edit,
     experiment,
+    fetch,
     log,
     metrics,
     metrics_csv,
@@ -22,7 +37,19 @@ __all__ = [
     "docs",
     "edit",
     "experiment",
+    "fetch",
     "home",
+    "host",
+    "host_add",
+    "host_confirm",
+    "host_credential",
+    "host_delete",
+    "host_edit",
+    "host_look",
+    "host_offer",
+    "host_set_up",
+    "host_task_cancel",
+    "hosts",
     "log",
     "metrics",
     "metrics_csv",
