@@ -228,17 +228,50 @@ def encrypted_fields() -> Iterator[tuple[type[models.Model], EncryptedField]]:
                 yield model, field
 
 
-def stored() -> Iterator[tuple[type[models.Model], EncryptedField, Any, Secret]]:
-    """Every credential there is: model, field, key of the row, secret."""
+def stored() -> Iterator[tuple[EncryptedField, models.Model]]:
+    """Every credential there is: its field, and its row, of which no more is read."""
     for model, field in encrypted_fields():
-        rows = model._base_manager.exclude(**{field.name: ""}).order_by("pk")
-        for pk, secret in rows.values_list("pk", field.name):
-            yield model, field, pk, secret
+        rows = model._base_manager.exclude(**{field.name: ""}).only("pk", "identity", field.name)
+        for row in rows.order_by("pk"):
+            yield field, row
 
 
 def are_stored() -> bool:
     """Whether there is any credential, and so a ring without which nothing opens them."""
     return any(True for _ in stored())
+
+
+def unreadable() -> list[tuple[EncryptedField, models.Model]]:
+    """Those that the ring does not open, or that do not belong where they stand."""
+    return [(field, row) for field, row in stored() if not _is_readable(getattr(row, field.attname), row)]
+
+
+def renew(keys: list[str]) -> int:
+    """Encrypt every readable credential with the newest of `keys`; how many were not yet."""
+    renewed = 0
+    for field, row in list(stored()):
+        while _is_readable(old := getattr(row, field.attname), row):
+            new = old.renewed(keys)
+            if new is old:
+                break
+            if replace(field, row, new):
+                renewed += 1
+                break
+            row.refresh_from_db(fields=[field.name])  # its owner was faster
+    return renewed
+
+
+def replace(field: EncryptedField, row: models.Model, new: Secret | str) -> bool:
+    """Put `new` in the place of what `row` was read with; False, and nothing, if something else stands there by now."""
+    rows = type(row)._base_manager.filter(pk=row.pk, **{field.name: getattr(row, field.attname)})
+    return bool(rows.update(**{field.name: new}))
+
+
+def _is_readable(secret: Secret, row: models.Model) -> bool:
+    try:
+        return bool(secret.reveal(row))
+    except (Tampered, KeyRingError):
+        return False
 
 
 # Key pairs ------------------------------------------------------------------------------------------------------------
