@@ -11,7 +11,7 @@ class ExperimentsConfig(AppConfig):
 
     def ready(self) -> None:
         from accounts import ring
-        from experiments import credentials
+        from experiments import checks, credentials  # noqa: F401  # the checks register themselves
 
         ring.waiting.append(credentials.are_stored)
         # Signals, because an account that is deleted takes its experiments along without asking anybody here.
