@@ -1,4 +1,4 @@
-"""Which addresses the site may connect to: it is asked by users to go where they say, from inside the operator's network.
+"""Which addresses the site may connect to. Users say where it is to go, and it goes from inside the operator's network.
 
 A name is resolved once, judged by what it resolves to, and that very address is connected to: a name that resolves
 differently the next time changes nothing. The operator says what is allowed (HOSTS_ALLOW, HOSTS_PORTS).

@@ -1,8 +1,8 @@
 """A machine reached over SSH: what `local` does by calling the agent, done by asking the relay that runs there.
 
 Nothing here opens a connection: every request goes through :func:`experiments.transport.client.call`. What a run needs
-and the host has not is sent before it is started: files go in pieces, an interrupted one is taken up where it broke, and
-it gets its name only when its SHA-256 is right. Under the host's working folder:
+and the host has not is sent before it is started: files go in pieces, one that was interrupted is taken up where it
+broke, and gets its name only when its SHA-256 is right. Under the host's working folder:
 
     experiments/ID/MODEL/      run directories, as on the local machine
     files/SHA256/NAME          texts, tokenizers and checkpoints that were sent, once for all runs
