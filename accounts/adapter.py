@@ -11,6 +11,12 @@ from django.urls import reverse
 from accounts.guests import claim
 from accounts.models import User
 
+SAYING = {
+    "reauthenticate": "Your password",
+    "mfa_reauthenticate": "A code",
+    "mfa_reauthenticate:webauthn": "A passkey",
+}
+
 
 class Adapter(DefaultAccountAdapter):  # type: ignore[misc]
     def new_user(self, request: HttpRequest) -> User:
@@ -25,13 +31,18 @@ class Adapter(DefaultAccountAdapter):  # type: ignore[misc]
         user.is_guest = False
         return super().save_user(request, user, form, commit)  # type: ignore[no-any-return]
 
+    def get_reauthentication_methods(self, user: User) -> list[dict[str, str]]:
+        """By what else somebody may say that it is them."""
+        methods: list[dict[str, str]] = super().get_reauthentication_methods(user)
+        return [method | {"description": SAYING[method["id"]]} for method in methods]
+
     def get_password_change_redirect_url(self, request: HttpRequest) -> str:
         """Back to the account's page: an empty form again would look as if nothing had happened."""
         return reverse("account_settings")
 
     def login(self, request: HttpRequest, user: User) -> None:
         """Only here, when nothing can refuse the sign-in any more, does a guest's work change hands."""
-        guest = request.user
+        guest: Any = getattr(request, "guest", request.user)
         super().login(request, user)
         if guest.is_authenticated and guest.is_guest and guest.pk != user.pk:
             claim(guest, user)

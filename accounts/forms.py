@@ -1,9 +1,12 @@
-"""The account page's forms."""
+"""The account page's forms, and allauth's of the second factor in this site's words."""
 
 from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from allauth.mfa.base.forms import AuthenticateForm, ReauthenticateForm
+from allauth.mfa.totp.forms import ActivateTOTPForm
+from allauth.mfa.webauthn.forms import AddWebAuthnForm, EditWebAuthnForm
 from django import forms
 
 from accounts.models import User
@@ -36,3 +39,39 @@ class DeleteForm(forms.Form):
         if not self.user.check_password(password):
             raise forms.ValidationError("This is not the password of this account.")
         return password
+
+
+def _code(help_text: str) -> forms.CharField:
+    keys = {"autocomplete": "one-time-code", "inputmode": "numeric", "autofocus": True}
+    return forms.CharField(label="Code", help_text=help_text, max_length=40, widget=forms.TextInput(attrs=keys))
+
+
+class CodeForm(AuthenticateForm):  # type: ignore[misc]
+    """The second step of signing in."""
+
+    code = _code("The six digits that your authenticator app shows, or one of your recovery codes.")
+
+
+class CodeAgainForm(ReauthenticateForm):  # type: ignore[misc]
+    """A code of somebody who is signed in."""
+
+    code = _code("The six digits that your authenticator app shows, or one of your recovery codes.")
+
+
+class FirstCodeForm(ActivateTOTPForm):  # type: ignore[misc]
+    """The code that shows that the app has the secret."""
+
+    code = _code("The six digits that the app shows now.")
+
+
+class PasskeyForm(AddWebAuthnForm):  # type: ignore[misc]
+    """A new passkey. Each of them signs in alone: allauth's other kind, a mere second step, is not offered."""
+
+    name = forms.CharField(
+        label="Name", required=False, max_length=60, help_text="To tell it from others: where it is kept, for instance."
+    )
+    passwordless = forms.BooleanField(widget=forms.CheckboxInput(attrs={"checked": True, "hidden": True}))
+
+
+class PasskeyNameForm(EditWebAuthnForm):  # type: ignore[misc]
+    name = forms.CharField(label="Name", max_length=60)

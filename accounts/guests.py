@@ -13,9 +13,11 @@ from datetime import timedelta
 
 from allauth.core import ratelimit
 from allauth.core.exceptions import ImmediateHttpResponse
+from allauth.usersessions.models import UserSession
 from django.conf import settings
 from django.contrib.auth import login
 from django.contrib.sessions.backends.db import SessionStore
+from django.contrib.sessions.models import Session
 from django.db import transaction
 from django.http import HttpRequest
 from django.utils import timezone
@@ -60,9 +62,10 @@ def claim(guest: User, user: User) -> None:
 def purge() -> int:
     """Remove guests idle for longer than GUEST_IDLE_DAYS, their work with them; how many were removed.
 
-    Sessions that have ended go too: nobody else clears them up.
+    Sessions that have ended go too, and what was noted of where they were: nobody else clears them up.
     """
     SessionStore.clear_expired()
+    UserSession.objects.exclude(session_key__in=Session.objects.values("session_key")).delete()
     idle_since = timezone.now() - timedelta(days=settings.GUEST_IDLE_DAYS)
     removed = 0
     for guest in User.objects.filter(is_guest=True, last_active__lt=idle_since):

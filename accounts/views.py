@@ -1,4 +1,5 @@
-"""The account page: who you are here, and how to leave. Everything about passwords and e-mail is allauth's."""
+"""The account page: who you are here, and how to leave. Everything about passwords, e-mail, second
+factors and sessions is allauth's."""
 
 from __future__ import annotations
 
@@ -6,13 +7,18 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+from allauth.account.decorators import reauthentication_required
 from allauth.core import ratelimit
+from allauth.core.exceptions import ReauthenticationRequired
+from allauth.usersessions.models import UserSession
 from django.contrib import messages
 from django.contrib.auth import logout
 from django.contrib.auth.decorators import login_required
+from django.contrib.auth.models import AnonymousUser
 from django.http import HttpRequest, HttpResponse, HttpResponseBase
 from django.shortcuts import redirect, render
 
+from accounts import second_factor
 from accounts.forms import DeleteForm, NameForm
 from accounts.models import User
 
@@ -24,7 +30,7 @@ class SignedInRequest(HttpRequest):
 
 
 def members_only(view: Callable[..., HttpResponseBase]) -> Callable[..., HttpResponseBase]:
-    """A guest has neither e-mail nor password to manage: they are asked to sign up instead."""
+    """A guest has neither e-mail nor password to manage, nor a second factor: they are asked to sign up instead."""
 
     @wraps(view)
     def wrapper(request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponseBase:
@@ -36,15 +42,55 @@ def members_only(view: Callable[..., HttpResponseBase]) -> Callable[..., HttpRes
     return wrapper
 
 
+def guest_as_stranger(view: Callable[..., HttpResponseBase]) -> Callable[..., HttpResponseBase]:
+    """allauth lets nobody who is signed in take a step of signing in. A guest is signed in, and may.
+
+    The adapter finds the guest in `request.guest` when the last step is done.
+    """
+
+    @wraps(view)
+    def wrapper(request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponseBase:
+        if request.user.is_authenticated and request.user.is_guest:
+            request.guest = request.user  # type: ignore[attr-defined]
+            request.user = AnonymousUser()
+        return view(request, *args, **kwargs)
+
+    return wrapper
+
+
+def confirmed(view: Callable[..., HttpResponseBase]) -> Callable[..., HttpResponseBase]:
+    """Members only, and only once they have said anew that it is them.
+
+    allauth's decorator keeps what was sent meanwhile, in the session and in the clear. Here it is not kept, since it
+    may hold a secret: whoever took too long over the form is shown it again, empty.
+    """
+    guarded = reauthentication_required(view)
+
+    @wraps(view)
+    def wrapper(request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponseBase:
+        try:
+            return guarded(request, *args, **kwargs)  # type: ignore[no-any-return]
+        except ReauthenticationRequired:
+            if request.method in ("GET", "HEAD"):
+                raise  # the way there and back is allauth's
+            messages.info(request, "Too long ago that you said who you are. Nothing was kept: please fill it in again.")
+            return redirect(request.get_full_path())
+
+    return login_required(members_only(wrapper))
+
+
 @login_required
 def settings(request: SignedInRequest) -> HttpResponse:
-    """Change the name; links to e-mail, password and deletion."""
+    """Change the name; what there is to sign in with, and links to change it; deletion."""
     form = NameForm(request.POST or None, instance=request.user)
     if request.method == "POST" and form.is_valid():
         form.save()
         messages.info(request, "Name changed.")
         return redirect("account_settings")
-    return render(request, "account/settings.html", {"form": form})
+    context = {"form": form, "factor": second_factor.of(request.user)}
+    if not request.user.is_guest:
+        context["sessions"] = UserSession.objects.purge_and_list(request.user)
+    return render(request, "account/settings.html", context)
 
 
 @login_required

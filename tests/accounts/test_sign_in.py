@@ -148,7 +148,7 @@ def test_a_new_address_holds_once_the_password_was_given_again_and_the_address_i
     signed_in: Client, ada: User
 ) -> None:
     asked = signed_in.post("/accounts/email/", {"email": "ada@new.example", "action_add": ""}, follow=True)
-    assert "asks for your password once more" in asked.content.decode(), "an open session alone may not take it over"
+    assert "say once more that it is you" in asked.content.decode(), "an open session alone may not take it over"
     assert mail.outbox == []
     refused = signed_in.post("/accounts/reauthenticate/", {"password": "wrong", "next": "/accounts/email/"})
     assert "Incorrect password" in refused.content.decode()
