@@ -168,5 +168,3 @@ def clear_retired() -> None:
                 host.save(update_fields=["private_key", "passphrase", "credential"])
         elif not host.reached_through_it.exists():
             host.delete()
-
-

@@ -21,14 +21,19 @@ from django.forms import BoundField
 
 from accounts.models import User
 from experiments import sources
-from experiments.models import Experiment
+from experiments.line import most_gpus
+from experiments.models import Experiment, Host
 from experiments.values import DIMENSIONS, TRAIN_FIELDS, document_of, field_of, set_aside
 from trainer.families import FamilyError, family_of, get_family, read_config
 from trainer.growth import OPERATORS
 from trainer.spec import ExperimentSpec, FamilyName, Problem, SpecError, TrainSpec, is_path, parse_spec
 
 #: The numbers and choices of the section Training, and those that are folded away there.
-TRAINING = ("max_steps", "num_epochs", "n_ctx", "batch_size", "lr", "warmup_steps", "weight_decay", "seed", "host")
+TRAINING = ("max_steps", "num_epochs", "n_ctx", "batch_size", "lr", "warmup_steps", "weight_decay", "seed")
+#: And where: a host, and how many of its GPUs.
+PLACE = ("host", "gpus")
+#: Where a model trains that does not train where the others do.
+HOST_OF = {"small_host": "small", "scaled_host": "scaled", "large_host": "large"}
 ADVANCED = (
     "schedule",
     "min_lr_ratio",
@@ -135,6 +140,28 @@ class Wrong(NamedTuple):
 def _text(**kwargs: Any) -> forms.CharField:
     attrs = {"class": "form-control", "autocomplete": "off", "spellcheck": "false"}
     return forms.CharField(required=False, widget=forms.TextInput(attrs=attrs), **kwargs)
+
+
+#: What the host fields call this machine.
+LOCAL = "local"
+#: More GPUs than one machine has.
+MOST_GPUS = 64
+
+
+def host_key(host: Host) -> str:
+    """What the host fields call `host`."""
+    return LOCAL if host.kind == Host.Kind.LOCAL else str(host.pk)
+
+
+def _described(host: Host | None) -> str:
+    """A host and what it has, in a choice."""
+    if host is None or host.kind == Host.Kind.LOCAL:
+        return "this machine"
+    gpus = (host.facts or {}).get("gpus") or []
+    if not host.is_remote or not host.facts:
+        return host.name
+    kinds = sorted({str(gpu["name"]) for gpu in gpus})
+    return f"{host.name}: {len(gpus)} x {', '.join(kinds)}" if gpus else f"{host.name}: no GPU"
 
 
 def _select(choices: Any, **kwargs: Any) -> forms.ChoiceField:
@@ -247,7 +274,11 @@ class ExperimentForm(forms.Form):
         _choices_of(TrainSpec.model_fields["precision"].annotation), help_text="auto: the fastest safe."
     )
     compile = _check(label="torch.compile", help_text="Slower to start, faster to train on a GPU.")
-    host = _select([("local", "this machine")], help_text="Where it trains.")
+    host = _select([], help_text="Where it trains.")
+    gpus = WholeField(label="GPUs a model", help_text="On a host that has some. Several share each batch.")
+    small_host = _select([], label="small on", required=False)
+    scaled_host = _select([], label="scaled on", required=False)
+    large_host = _select([], label="large on", required=False)
 
     def __init__(
         self,
@@ -262,6 +293,12 @@ class ExperimentForm(forms.Form):
         super().__init__(data.copy() if data is not None else None, files, **kwargs)
         self.user, self.owner = user, owner
         self.spec: ExperimentSpec | None = None
+        #: Where this user may train, by what the fields call it.
+        self.hosts = {LOCAL: None} | {host_key(host): host for host in Host.objects.usable_by(user).order_by("pk")}
+        offered = [(key, _described(host)) for key, host in self.hosts.items()]
+        self.fields["host"].choices = offered  # type: ignore[attr-defined]
+        for name in HOST_OF:
+            self.fields[name].choices = [("", "as above"), *offered]  # type: ignore[attr-defined]
         # For the sheet alone: what is right of a spec that is not, and the values before wrong ones were taken out.
         self.readable: ExperimentSpec | None = None
         self.typed: dict[str, Any] = {}
@@ -299,14 +336,20 @@ class ExperimentForm(forms.Form):
         return "" if small == large or not small else f"{large / small:.3g}"
 
     def training(self) -> list[BoundField]:
-        return [self[name] for name in TRAINING]
+        some_have_gpus = any(host is not None and most_gpus(host) for host in self.hosts.values())
+        place = PLACE if some_have_gpus or "gpus" in self.errors else PLACE[:1]
+        return [self[name] for name in (*TRAINING, *place)]
+
+    def places(self) -> list[BoundField]:
+        """Where single models train; only for who has the choice."""
+        return [self[name] for name in HOST_OF] if len(self.hosts) > 1 else []
 
     def advanced(self) -> list[BoundField]:
         return [self[name] for name in ADVANCED]
 
     @property
     def advanced_has_errors(self) -> bool:
-        return any(name in self.errors for name in (*ADVANCED, "tie_embeddings", "compile"))
+        return any(name in self.errors for name in (*ADVANCED, *HOST_OF, "tie_embeddings", "compile"))
 
     @property
     def summary(self) -> list[Wrong]:
@@ -332,6 +375,7 @@ class ExperimentForm(forms.Form):
         self._clean_text()
         self._clean_checkpoint()
         self._clean_tokenizer()
+        self._clean_hosts()
         self.typed = dict(self.cleaned_data)
         self.readable = self._read_spec()
         if not self.errors:
@@ -449,6 +493,34 @@ class ExperimentForm(forms.Form):
         with self._beside("tokenizer_name"):
             values["tokenizer_name"] = sources.tokenizer(self._given("tokenizer_name"), self.user)
 
+    def _clean_hosts(self) -> None:
+        values = self.cleaned_data
+        values["gpus"] = gpus = values.get("gpus") or 1
+        if not 1 <= gpus <= MOST_GPUS:
+            self.add_error("gpus", _sentence("GPUs a model", gpus, f"must be 1 to {MOST_GPUS}"))
+            return
+        batch_size = values.get("batch_size")
+        if batch_size and batch_size % gpus:
+            near = max(gpus, batch_size // gpus * gpus)
+            message = f"must divide batch_size, {batch_size}; {near} for instance could be shared among {gpus}"
+            self.add_error("gpus", _sentence("GPUs a model", gpus, message))
+        for name in ("host", *HOST_OF):
+            host = self.hosts.get(values.get(name, ""))
+            if host is None or not host.is_remote:
+                continue
+            if host.problem == Host.Problem.KEY_CHANGED:
+                self.add_error(name, f"{host}: its host key has changed; see to that under Hosts first")
+            elif not host.is_ready:
+                self.add_error(name, f"{host}: is not set up yet; set it up under Hosts first")
+            elif gpus > (most_gpus(host) or 1):
+                self.add_error("gpus", _sentence("GPUs a model", gpus, f"{host} has {most_gpus(host) or 'no GPU'}"))
+
+    def host_of(self, name: str) -> Host:
+        """Where the model `name` of the spec is to train."""
+        values = self.cleaned_data
+        own = next((values.get(field) for field, model in HOST_OF.items() if model == name), "")
+        return self.hosts.get(own or values["host"]) or Host.local()
+
     def _show(self, problem: Problem) -> None:
         """Put what trainer.spec found beside the field it belongs to, once."""
         field = field_of(problem.field, self.data)
@@ -463,7 +535,10 @@ class ExperimentForm(forms.Form):
     def experiment_id(self) -> uuid.UUID:
         """The same for the same form sent twice, another once anything in it was changed."""
         assert self.spec is not None
-        content = hashlib.sha256((self.spec.to_json() + self.cleaned_data["notes"]).encode()).hexdigest()
+        where = [str(self.cleaned_data.get(name, "")) for name in ("host", *HOST_OF, "gpus")]
+        content = hashlib.sha256(
+            "".join((self.spec.to_json(), self.cleaned_data["notes"], *where)).encode()
+        ).hexdigest()
         return uuid.uuid5(self.cleaned_data["key"] or uuid.uuid4(), content)
 
 

@@ -291,7 +291,9 @@ def _set_up(task: HostTask, steps: _Steps, leaving: Callable[[], bool]) -> bool:
     made = next((line for line in reversed(task.log.splitlines()) if line.startswith(ENVIRONMENT)), "")
     if (status["exit"] or {}).get("code") != 0 or not made:
         last = next((line for line in reversed(task.log.splitlines()) if line.strip()), "it said nothing")
-        steps.fail(f"The environment could not be made: {last}", "The log below says more. Set it up again: it goes on.")
+        steps.fail(
+            f"The environment could not be made: {last}", "The log below says more. Set it up again: it goes on."
+        )
     found = json.loads(made.removeprefix(ENVIRONMENT))
     Host.objects.filter(pk=host.pk).update(env_python=_cut(str(found["python"]), 300))
     steps.done(f"{found['python']}: torch {found.get('torch', '?')}, transformers {found.get('transformers', '?')}.")

@@ -108,8 +108,10 @@ def _gpus(host: Host) -> list[dict[str, Any]] | None:
 
 
 def _chosen(host: Host, gpus: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of `gpus`, as the host names them, that its owner lets Kangaroo use."""
     wanted = {part.strip() for part in host.gpu_choice.split(",") if part.strip()}
-    return [gpu for gpu in gpus if not wanted or str(gpu["index"]) in wanted or gpu["uuid"] in wanted]
+    named = [gpu for gpu in gpus if isinstance(gpu, dict) and isinstance(gpu.get("uuid"), str)]
+    return [gpu for gpu in named if not wanted or str(gpu.get("index")) in wanted or gpu["uuid"] in wanted]
 
 
 def _given(host: Host, run: ModelRun, gpus: list[dict[str, Any]], taken: Counter[str]) -> list[str] | None:
@@ -117,9 +119,7 @@ def _given(host: Host, run: ModelRun, gpus: list[dict[str, Any]], taken: Counter
     idle = set(free_gpus(gpus))
     # A GPU on which only runs of ours compute has room up to runs_per_gpu; one that others use has none.
     room = {
-        gpu["uuid"]: host.runs_per_gpu - taken[gpu["uuid"]]
-        for gpu in gpus
-        if taken[gpu["uuid"]] or gpu["uuid"] in idle
+        gpu["uuid"]: host.runs_per_gpu - taken[gpu["uuid"]] for gpu in gpus if taken[gpu["uuid"]] or gpu["uuid"] in idle
     }
     first = int(_before(run).aggregate(Sum("gpus_wanted"))["gpus_wanted__sum"] or 0)
     if first + run.gpus_wanted > sum(left for left in room.values() if left > 0):

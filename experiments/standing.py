@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from django.utils import timezone
 
 from experiments import compare, line, sources
 from experiments.curves import Key, Series
-from experiments.models import Experiment, ModelRun, Reason, State
+from experiments.models import Experiment, Host, ModelRun, Reason, State, Transfer
 from experiments.templatetags import figures
 from trainer.shape import GrowInit
 from trainer.spec import ExperimentSpec, ModelSpec, TrainSpec
@@ -43,6 +43,15 @@ ADVICE: dict[str, str] = {
 }
 
 
+class Away(NamedTuple):
+    """A host that does not answer as it should. It says nothing of the run, which may well go on there."""
+
+    since: datetime | None
+    what: str
+    meanwhile: str
+    why: str
+
+
 @dataclass
 class RunStanding:
     """One model run as it stands. Times are in seconds; None where nothing is known."""
@@ -53,6 +62,7 @@ class RunStanding:
     parent: str = ""
     place: int | None = None  # in its host's line
     spark: str = ""
+    parent_is_done: bool = False
 
     @property
     def name(self) -> str:
@@ -83,14 +93,29 @@ class RunStanding:
         """Its reason, and what that needs to be understood."""
         run = self.run
         if run.state == State.QUEUED and self.place is not None:
-            return f"waiting for a free place on the host: number {self.place} in line"
+            place = "GPU" if run.reason == Reason.WAITING_FOR_GPU else "place"
+            return f"waiting for a free {place} on {_the(run.host)}: number {self.place} in line"
         if run.state == State.QUEUED and run.reason == Reason.WAITING_FOR_PARENT and self.parent:
-            return f"waiting for {self.parent}"
+            over = " to come over from its host" if self.parent_is_done else ""
+            return f"waiting for {self.parent}{over}"
         if run.reason == Reason.TRAINING and self.total and run.step >= self.total:
             return "evaluating on the test split"
         if run.reason == Reason.PREPARING and run.preparing:
             return _preparing(run.preparing)
         return Reason(run.reason).label
+
+    @property
+    def away(self) -> Away | None:
+        """What stands between the site and the host of a run that waits or trains there; for as long as it does."""
+        host = self.run.host
+        if not self.run.is_active or not host.is_remote or not host.problem:
+            return None
+        if host.problem == Host.Problem.UNREACHABLE:
+            return Away(host.unreachable_since, f"{host} unreachable", "still trying", host.problem_text)
+        if host.problem == Host.Problem.KEY_CHANGED:
+            said = "Its host key has changed. Nothing is done there until its owner has looked into it."
+            return Away(host.unreachable_since, f"{host} stopped", "what trains there goes on", said)
+        return Away(host.unreachable_since, f"{host} cannot be used", "still trying", host.problem_text)
 
     @property
     def parts(self) -> list[str]:
@@ -122,6 +147,7 @@ class Standing:
 
     experiment: Experiment
     runs: list[RunStanding]
+    transfers: list[Transfer] = field(default_factory=list)  # models on their way here, for a page that shows them
 
     @cached_property
     def speaker(self) -> ModelRun | None:
@@ -131,6 +157,16 @@ class Standing:
     @property
     def speaks(self) -> RunStanding | None:
         return next((each for each in self.runs if each.run is self.speaker), None)
+
+    @property
+    def hosts(self) -> list[Host]:
+        """Where its models train, each once."""
+        return list(dict.fromkeys(run.host for run in self._runs)) or [self.experiment.host]
+
+    @property
+    def is_live(self) -> bool:
+        """Whether what a page shows of it may still change by itself."""
+        return self.is_active or any(transfer.is_moving for transfer in self.transfers)
 
     @property
     def has_curves(self) -> bool:
@@ -209,7 +245,8 @@ class Standing:
         for each in self.runs:
             run = each.run
             seen.append((run.state, run.reason, run.detail, run.last_seq, run.attempt, run.stop_requested))
-            seen.append((run.disk_bytes, each.place))
+            seen.append((run.disk_bytes, each.place, each.away, run.is_active and run.host.readings_at))
+        seen += [(each.pk, each.state, each.bytes_done) for each in self.transfers]
         return hashlib.sha256(repr(seen).encode()).hexdigest()[:12]
 
     @property
@@ -242,7 +279,8 @@ def standings(experiments: Iterable[Experiment]) -> list[Standing]:
         for run in runs:
             colour = run.name if run.name in _OWN_COLOURS else f"other-{others.index(run.name) % 5 + 1}"
             parent = names.get(run.parent_id or 0, "")
-            standing.runs.append(RunStanding(run, total_steps(experiment, run), colour, parent))
+            done = any(other.pk == run.parent_id and other.state == State.SUCCEEDED for other in runs)
+            standing.runs.append(RunStanding(run, total_steps(experiment, run), colour, parent, parent_is_done=done))
         found.append(standing)
     queued = [each for standing in found for each in standing.runs if each.run.state == State.QUEUED]
     if queued:
@@ -266,9 +304,7 @@ def total_steps(experiment: Experiment, run: ModelRun) -> int | None:
 def _places(hosts: Iterable[int]) -> dict[int, int]:
     """The place in its host's line of every run that only waits for one, by the run's key."""
     waiting = (
-        ModelRun.objects.filter(line.ready(), host__in=hosts)
-        .order_by("queued_at", "pk")
-        .values_list("pk", "host_id")
+        ModelRun.objects.filter(line.ready(), host__in=hosts).order_by("queued_at", "pk").values_list("pk", "host_id")
     )
     counts: dict[int, int] = {}
     found = {}
@@ -352,6 +388,10 @@ def promise(grown: dict[str, Any], device: str | None) -> Promise:
         tolerance,
         "Promised to preserve the function, and did not: the logits differ by more than rounding.",
     )
+
+
+def _the(host: Host) -> str:
+    return host.name if host.is_remote else "the host"
 
 
 def _preparing(event: dict[str, Any]) -> str:

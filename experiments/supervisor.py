@@ -2,6 +2,7 @@
 
     broker      the embedded queue server, unless REDIS_URL names another
     worker 1..  as many as runs may train at once, and one for whatever is quick
+    collector   holds the connections to GPU hosts, and follows what trains there
     reconciler  rings for what was forgotten
     web         gunicorn
 
@@ -71,6 +72,7 @@ def services(address: tuple[str, int], workers: int) -> list[Service]:
     return [
         *([] if settings.REDIS_URL else [Service("broker", broker.command())]),
         *(Service(f"worker {n}", [*manage, "work"]) for n in range(1, workers + 1)),
+        Service("collector", [*manage, "collect"]),
         Service("reconciler", [*manage, "reconcile", "--every", "5"]),
         Service("web", web),
     ]

@@ -61,6 +61,7 @@ def values_of(spec: ExperimentSpec) -> dict[str, Any]:
         **_data_values(spec),
         **spec.train.model_dump(),
         "host": "local",
+        "gpus": 1,
     }
 
 

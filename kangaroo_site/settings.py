@@ -198,7 +198,10 @@ ACCOUNT_EMAIL_NOTIFICATIONS = True
 ACCOUNT_EMAIL_SUBJECT_PREFIX = "Kangaroo: "
 ACCOUNT_DEFAULT_HTTP_PROTOCOL = "https" if HTTPS else "http"
 ACCOUNT_LOGOUT_REDIRECT_URL = "home"
-ACCOUNT_RATE_LIMITS = {"guest": env.str("GUEST_RATE_LIMIT", "20/h/ip")}  # allauth's own limits stand beside it
+ACCOUNT_RATE_LIMITS = {  # allauth's own limits stand beside these
+    "guest": env.str("GUEST_RATE_LIMIT", "20/h/ip"),
+    "host": env.str("HOST_RATE_LIMIT", "30/m/user"),  # how often the site tries to reach a user's machines for them
+}
 #: How many proxies stand in front; limits by address are counted for the address that the last of them saw.
 ALLAUTH_TRUSTED_PROXY_COUNT = env.int("TRUSTED_PROXY_COUNT", 0)
 ACCOUNT_AUTHENTICATED_LOGIN_REDIRECTS = False  # a guest is signed in, and must be able to sign up
@@ -270,6 +273,8 @@ FILE_UPLOAD_HANDLERS = [
 CORES = cores()
 #: How many runs train at once on this machine; each gets its share of the cores.
 LOCAL_SLOTS = env.int("LOCAL_SLOTS", min(2, CORES))
+#: Finished models up to this size are brought from GPU hosts by themselves; larger ones when they are asked for.
+FETCH_MODELS_GB = env.float("FETCH_MODELS_GB", 5.0)
 #: Limits a user, guests included, may not pass. 0: none.
 MAX_ACTIVE_RUNS_PER_USER = env.int("MAX_ACTIVE_RUNS_PER_USER", 30)
 MAX_DISK_GB_PER_USER = env.int("MAX_DISK_GB_PER_USER", 50)

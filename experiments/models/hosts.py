@@ -87,9 +87,7 @@ class Host(models.Model):
     python = models.CharField("Python", max_length=200, blank=True)
     before = models.TextField("lines to run before", max_length=2000, blank=True)
     price_per_hour = models.DecimalField(max_digits=8, decimal_places=2, null=True, blank=True)
-    runs_per_gpu = models.PositiveSmallIntegerField(
-        default=1, validators=[MinValueValidator(1), MaxValueValidator(16)]
-    )
+    runs_per_gpu = models.PositiveSmallIntegerField(default=1, validators=[MinValueValidator(1), MaxValueValidator(16)])
     gpu_choice = models.CharField("GPUs to use", max_length=100, blank=True, help_text="0,1 for instance. Empty: all.")
 
     # The credential. Never shown, never logged; only the collector's process reads the encrypted two.

@@ -299,6 +299,15 @@ class Transfer(models.Model):
     def __str__(self) -> str:
         return f"{self.name} of {self.run}"
 
+    @property
+    def is_moving(self) -> bool:
+        return self.state in (self.State.WANTED, self.State.RUNNING)
+
+    @property
+    def share(self) -> float | None:
+        """0 to 1; None while it is unknown how much there is."""
+        return min(1.0, self.bytes_done / self.bytes_total) if self.bytes_total else None
+
 
 class Removal(models.Model):
     """The folder of a deleted experiment, still to be removed from a host: it may not answer now."""

@@ -167,6 +167,17 @@ def learning_rate(value: Any) -> str:
 
 
 @register.filter
+def clock(moment: datetime | None) -> SafeString | str:
+    """A <time> element with a time of day, put into the reader's zone by static/js/base.js."""
+    if moment is None:
+        return MISSING
+    utc = moment.astimezone(UTC)
+    return format_html(
+        '<time data-of-day datetime="{}">{}</time>', utc.isoformat(timespec="seconds"), utc.strftime("%H:%M UTC")
+    )
+
+
+@register.filter
 def when(moment: datetime | None) -> SafeString | str:
     """A <time> element: exact here, made relative by static/js/base.js with the exact time on hover."""
     if moment is None:

@@ -7,10 +7,11 @@ from __future__ import annotations
 from experiments.models import Host
 from experiments.transport.base import File, Frame, HostProblem, Status, Transport
 from experiments.transport.local import Local
+from experiments.transport.ssh import Ssh
 
 __all__ = ["File", "Frame", "HostProblem", "Status", "Transport", "for_host"]
 
-_KINDS: dict[str, type[Transport]] = {Host.Kind.LOCAL: Local, Host.Kind.WORKER: Local}
+_KINDS: dict[str, type[Transport]] = {Host.Kind.LOCAL: Local, Host.Kind.WORKER: Local, Host.Kind.SSH: Ssh}
 
 
 def for_host(host: Host) -> Transport:

@@ -16,7 +16,7 @@ import re
 import time
 import weakref
 import zipfile
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from threading import BoundedSemaphore
 from typing import Any
@@ -30,23 +30,28 @@ from django.http import Http404, HttpRequest, HttpResponse, StreamingHttpRespons
 from django.http.response import HttpResponseBase
 from django.shortcuts import get_object_or_404, redirect, render
 from django.template.loader import render_to_string
-from django.utils.cache import get_conditional_response, patch_vary_headers
+from django.utils import timezone
+from django.utils.cache import get_conditional_response
 from django.utils.http import quote_etag
 from django.utils.safestring import SafeString
 from django.views.decorators.http import require_POST, require_safe
 
 from experiments import jobs
 from experiments.curves import Memory, curves, increment, parse_place, place, sparks
-from experiments.models import ACTIVE, RESUMABLE, Experiment, ModelRun, Point
+from experiments.host_standing import host_standings
+from experiments.models import ACTIVE, RESUMABLE, Experiment, ModelRun, Point, State, Transfer
 from experiments.report import Report
 from experiments.standing import Standing, standings
 from experiments.transport.local import Local
+from experiments.views import polls
 
 PAGE_SIZE = 20
 #: The runs of experiments, and where each trains, in one query.
 _RUNS = Prefetch("runs", ModelRun.objects.select_related("host"))
 #: Bytes of a log that a page shows.
 LOG_TAIL = 12_000
+#: Checkpoints that a trainer keeps.
+KEPT_CHECKPOINTS = 2
 
 SORTS = {
     "newest": ("Newest", ("-created",)),
@@ -143,12 +148,12 @@ def _add_sparks(found: list[Standing]) -> None:
 
 
 def _profile_poll(request: HttpRequest, mine: QuerySet[Experiment]) -> HttpResponse:
-    seen = {pk: mark for text, mark in _seen(request).items() if (pk := _uuid(text)) is not None}
+    seen = {pk: mark for text, mark in polls.seen(request).items() if (pk := _uuid(text)) is not None}
     found = standings(mine.filter(pk__in=list(seen)[:PAGE_SIZE]))
     changed = [standing for standing in found if seen[standing.experiment.pk] != standing.version]
     _add_sparks(changed)
     pieces = [render_to_string("experiments/profile.html#live", {"card": card, "oob": True}) for card in changed]
-    return _pieces(pieces, settled=not any(standing.is_active for standing in found))
+    return polls.answer(pieces, settled=not any(standing.is_active for standing in found))
 
 
 # An experiment --------------------------------------------------------------------------------------------------------
@@ -164,9 +169,10 @@ def _experiment_page(
     request: HttpRequest, experiment: Experiment, form: _NameForm | None = None, status: int = 200
 ) -> HttpResponse:
     (standing,) = standings([experiment])
-    seen = _seen(request)
+    standing.transfers = list(Transfer.objects.filter(run__experiment=experiment))
+    seen = polls.seen(request)
     if seen.get("all") == standing.version:
-        return _pieces([], settled=not standing.is_active)
+        return polls.answer([], settled=not standing.is_live)
     report = Report(standing, split=request.GET.get("split", ""))
     context = {
         "experiment": experiment,
@@ -175,8 +181,10 @@ def _experiment_page(
         "may_change": experiment.may_change(request.user),  # type: ignore[arg-type]
         "logs": _logs(standing),
         "files": _files(standing),
+        "machines": _machines(request, standing),
     }
-    sections = {name: _section(request, name, context) for name in Report.SECTIONS}
+    page = "experiments/experiment.html"
+    sections = {name: polls.section(request, f"{page}#{name}", name, context) for name in Report.SECTIONS}
     if "seen" in request.GET:
         pieces = [
             render_to_string("experiments/experiment.html#piece", section, request=request)
@@ -184,7 +192,7 @@ def _experiment_page(
             if seen.get(name) != section["mark"]
         ]
         pieces.append(render_to_string("experiments/experiment.html#version", {"standing": standing, "oob": True}))
-        return _pieces(pieces, settled=not standing.is_active)
+        return polls.answer(pieces, settled=not standing.is_live)
     context |= {
         "sections": sections,
         "form": form or _NameForm(instance=experiment),
@@ -192,14 +200,6 @@ def _experiment_page(
         "chart": _chart_settings(request),
     }
     return render(request, "experiments/experiment.html", context, status=status)
-
-
-def _section(request: HttpRequest, name: str, context: dict[str, Any]) -> dict[str, str]:
-    html = render_to_string(f"experiments/experiment.html#{name}", context, request=request)
-    # The token in a form is another one in every answer, and means the same.
-    bare = re.sub(r'name="csrfmiddlewaretoken" value="[^"]*"', "", html)
-    mark = hashlib.sha256(bare.encode()).hexdigest()[:10]
-    return {"name": name, "html": html, "mark": mark}
 
 
 def _chart_settings(request: HttpRequest) -> dict[str, Any]:
@@ -218,6 +218,21 @@ def _chart_settings(request: HttpRequest) -> dict[str, Any]:
         "logy": "logy" in get,
         "smooth": get["smooth"] if re.fullmatch(r"0(\.\d{1,2})?", get.get("smooth", "")) else "",
     }
+
+
+def _machines(request: HttpRequest, standing: Standing) -> list[dict[str, Any]]:
+    """The machines on which runs of the experiment train now, and how they stand: for who trains there alone."""
+    if not standing.experiment.may_change(request.user):  # type: ignore[arg-type]
+        return []
+    hosts = {each.run.host.pk: each.run.host for each in standing.runs if each.run.is_active and each.run.host.readings}
+    found = []
+    for machine in host_standings(hosts.values(), request.user):  # type: ignore[arg-type]
+        runs = [each for each in standing.runs if each.run.host_id == machine.host.pk]
+        price = machine.host.price_per_hour
+        hours = sum(each.runtime or 0.0 for each in runs) / 3600
+        cost = None if price is None else round(float(price) * hours, 2)
+        found.append({"standing": machine, "runs": runs, "cost": cost})
+    return found
 
 
 def _logs(standing: Standing) -> list[dict[str, str]]:
@@ -244,15 +259,26 @@ def _tail(run: ModelRun, most: int) -> str:
 
 
 def _files(standing: Standing) -> list[dict[str, Any]]:
-    """Final models and checkpoints that can be downloaded, the newest of a model first."""
+    """Final models and checkpoints, the newest of a model first: those that stand here, and those still on a host."""
+    transfers = {(transfer.run_id, transfer.name): transfer for transfer in standing.transfers}
     found = []
     for each in standing.runs:
-        steps = sorted((path.name for path in each.run.directory.glob("checkpoints/step-*")), reverse=True)
-        for name in ["model", *steps]:
+        steps = {path.name for path in each.run.directory.glob("checkpoints/step-*")} | _on_host(each.run)
+        for name in ["model", *sorted(steps, reverse=True)]:
+            about = {"model": each.name, "colour": each.colour, "name": name, "host": each.run.host}
             if (folder := _checkpoint(each.run, name)) is not None:
-                size = sum(map(_size, _members(folder)))
-                found.append({"model": each.name, "colour": each.colour, "name": name, "bytes": size})
+                found.append({**about, "bytes": sum(map(_size, _members(folder))), "is_here": True})
+            elif each.run.host.is_remote and (name != "model" or each.run.state == State.SUCCEEDED):
+                found.append({**about, "transfer": transfers.get((each.run.pk, name)), "is_here": False})
     return found
+
+
+def _on_host(run: ModelRun) -> set[str]:
+    """Names of the checkpoints that a run's host should have: the trainer keeps its newest."""
+    if not run.host.is_remote:
+        return set()
+    notes = run.notes.filter(kind="checkpoint").order_by("-seq").values_list("data__step", flat=True)
+    return {f"step-{step:06d}" for step in notes[:KEPT_CHECKPOINTS] if isinstance(step, int)}
 
 
 def _checkpoint(run: ModelRun, name: str) -> Path | None:
@@ -499,6 +525,20 @@ def resume(request: HttpRequest, pk: UUID) -> HttpResponse:
 
 
 @require_POST
+def fetch(request: HttpRequest, pk: UUID, name: str, checkpoint: str) -> HttpResponse:
+    """Ask for a model or checkpoint that stands on a GPU host; the collector brings it."""
+    experiment = _own(request, pk)
+    run = get_object_or_404(experiment.runs.select_related("host"), name=name)
+    if not run.host.is_remote or not re.fullmatch(r"model|step-\d{1,12}", checkpoint):
+        raise Http404("No such checkpoint")
+    wanted = {"state": Transfer.State.WANTED, "error": "", "ended_at": None, "created": timezone.now()}
+    transfer, made = Transfer.objects.get_or_create(run=run, name=checkpoint, defaults=wanted)
+    if not made and transfer.state in (Transfer.State.FAILED, Transfer.State.DONE):
+        Transfer.objects.filter(pk=transfer.pk, state=transfer.state).update(**wanted)
+    return redirect(f"{experiment.get_absolute_url()}#section-files")
+
+
+@require_POST
 def delete(request: HttpRequest, pk: UUID) -> HttpResponse:
     experiment = _own(request, pk)
     name = experiment.name
@@ -526,25 +566,6 @@ def _own(request: HttpRequest, pk: UUID) -> Experiment:
 def _run(request: HttpRequest, pk: UUID, name: str) -> ModelRun:
     runs = ModelRun.objects.visible_to(request.user).select_related("host", "experiment")
     return get_object_or_404(runs, experiment=pk, name=name)
-
-
-# Polls ----------------------------------------------------------------------------------------------------------------
-
-
-def _seen(request: HttpRequest) -> dict[str, str]:
-    """The marks that a poll brings back: `seen=name:mark`, one for each section."""
-    pairs = (text.partition(":") for text in request.GET.getlist("seen"))
-    return {name: mark for name, _, mark in pairs}
-
-
-def _pieces(pieces: Sequence[str], *, settled: bool) -> HttpResponse:
-    """The answer to a poll. When `settled`, the page hears that there is nothing left to wait for."""
-    response = HttpResponse("\n".join(pieces), status=200 if pieces else 204)
-    if settled:
-        response["HX-Trigger"] = "kangaroo:settled"
-    response["Cache-Control"] = "no-store"
-    patch_vary_headers(response, ["HX-Request"])
-    return response
 
 
 def _uuid(text: str) -> UUID | None:

@@ -17,8 +17,8 @@ from django.views.decorators.http import require_POST, require_safe
 from accounts.guests import ensure_user
 from experiments import jobs, sources
 from experiments.estimate import Verdict, estimate
-from experiments.forms import ExperimentForm
-from experiments.models import Experiment
+from experiments.forms import ExperimentForm, host_key
+from experiments.models import Experiment, Host
 from experiments.presets import FIRST_LOOK, PRESETS
 from experiments.values import left_out, values_of
 from trainer.growth import OPERATORS, Operator
@@ -44,7 +44,10 @@ def _fresh(request: HttpRequest) -> HttpResponse:
         context["preset"] = preset
     values = values_of(spec)
     if "origin" in context:
-        values["name"] = context["origin"].name  # it may have been renamed since
+        origin = context["origin"]
+        values["name"] = origin.name  # it may have been renamed since
+        if Host.objects.usable_by(request.user).filter(pk=origin.host_id).exists():
+            values["host"] = host_key(origin.host)
     if values["uploaded"] and not sources.may_use_upload(values["uploaded"], request.user):
         values["uploaded"] = ""  # another's file: theirs alone
         context["text_is_anothers"] = True
@@ -79,7 +82,9 @@ def _create_once(request: HttpRequest, form: ExperimentForm, anonymous: bool) ->
     if experiment is None:
         owner = ensure_user(request)
         try:
-            return jobs.create(owner, form.spec, form.cleaned_data["notes"], id=pk)
+            hosts = {name: form.host_of(name) for name in form.spec.models}
+            notes, gpus = form.cleaned_data["notes"], form.cleaned_data["gpus"]
+            return jobs.create(owner, form.spec, notes, form.host_of(""), hosts=hosts, gpus=gpus, id=pk)
         except (IntegrityError, jobs.LimitReached):
             experiment = Experiment.objects.filter(pk=pk).first()
             if experiment is None:

@@ -46,9 +46,12 @@
     }
   });
 
-  // <time datetime>: relative, exact on hover, in the reader's zone ----------------------------------------------------
+  // <time datetime>: relative, or with data-of-day by the clock; exact on hover, in the reader's zone -----------------
   const relative = new Intl.RelativeTimeFormat("en", { numeric: "auto" });
   const exact = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "medium" });
+  const ofDay = new Intl.DateTimeFormat(undefined, { timeStyle: "short" });
+  const ofAnotherDay = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "short" });
+  const byClock = (date) => (date.toDateString() === new Date().toDateString() ? ofDay : ofAnotherDay).format(date);
   const UNITS = [["year", 31536000], ["month", 2592000], ["day", 86400], ["hour", 3600], ["minute", 60]];
   const phrase = (date) => {
     const seconds = (date - Date.now()) / 1000;
@@ -61,7 +64,7 @@
     for (const time of root.querySelectorAll("time[datetime]")) {
       const date = new Date(time.dateTime);
       if (Number.isNaN(date.getTime())) continue;
-      const text = phrase(date);
+      const text = "ofDay" in time.dataset ? byClock(date) : phrase(date);
       if (time.textContent !== text) time.textContent = text;
       if (!time.title) time.title = exact.format(date);
     }

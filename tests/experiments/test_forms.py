@@ -26,6 +26,8 @@ from trainer.families import get_family
 from trainer.shape import Shape
 from trainer.spec import ExperimentSpec, TrainSpec, parse_spec
 
+pytestmark = pytest.mark.django_db  # the form asks where one may train
+
 NOBODY = AnonymousUser()
 
 
