@@ -449,5 +449,7 @@ class ReportFilter(SafeExceptionReporterFilter):
         return self.cleanse_setting("", dict(super().get_post_parameters(request)))
 
     def get_traceback_frame_variables(self, request: Any, tb_frame: Any) -> Any:
+        if tb_frame.f_code is models.Model.__init__.__code__:
+            return []  # it calls every field's value by one name
         variables = super().get_traceback_frame_variables(request, tb_frame)
         return [(str(name), self.cleanse_setting(name, value)) for name, value in variables]
