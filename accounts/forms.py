@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from allauth.mfa.base.forms import AuthenticateForm, ReauthenticateForm
 from allauth.mfa.totp.forms import ActivateTOTPForm
-from allauth.mfa.webauthn.forms import AddWebAuthnForm, EditWebAuthnForm
+from allauth.mfa.webauthn.forms import AddWebAuthnForm, EditWebAuthnForm, LoginWebAuthnForm
 from django import forms
 
 from accounts.models import User
@@ -62,6 +62,18 @@ class FirstCodeForm(ActivateTOTPForm):  # type: ignore[misc]
     """The code that shows that the app has the secret."""
 
     code = _code("The six digits that the app shows now.")
+
+
+class PasskeyLoginForm(LoginWebAuthnForm):  # type: ignore[misc]
+    """Signing in with a passkey; allauth would speak of a code that nobody gave."""
+
+    def clean_credential(self) -> Any:
+        try:
+            return super().clean_credential()
+        except forms.ValidationError:
+            raise forms.ValidationError(
+                "This passkey does not sign in here: it was removed from its account, or the page stood open too long."
+            ) from None
 
 
 class PasskeyForm(AddWebAuthnForm):  # type: ignore[misc]

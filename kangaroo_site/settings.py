@@ -218,6 +218,7 @@ MFA_FORMS = {
     "authenticate": "accounts.forms.CodeForm",
     "reauthenticate": "accounts.forms.CodeAgainForm",
     "activate_totp": "accounts.forms.FirstCodeForm",
+    "login_webauthn": "accounts.forms.PasskeyLoginForm",
     "add_webauthn": "accounts.forms.PasskeyForm",
     "edit_webauthn": "accounts.forms.PasskeyNameForm",
 }
