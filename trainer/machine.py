@@ -97,9 +97,8 @@ def _gpus() -> tuple[list[Gpu], str | None, str]:
         return [], None, "An NVIDIA driver is loaded, but nvidia-smi is not in the PATH." if there else ""
     said, problem = _ask(smi, f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits")
     gpus, driver, complaint = parse_gpus(said)
-    problem = problem or complaint
     if not gpus:
-        return [], driver, problem or "nvidia-smi lists no GPU."
+        return [], driver, complaint or problem or "nvidia-smi lists no GPU."
     processes, _ = _ask(smi, "--query-compute-apps=gpu_uuid,pid", "--format=csv,noheader,nounits")
     add_processes(gpus, processes)
     if any(gpu["use"] is None for gpu in gpus):  # so it is where a GPU is divided
@@ -107,7 +106,7 @@ def _gpus() -> tuple[list[Gpu], str | None, str]:
     if any(not gpu["memory_bytes"] for gpu in gpus):  # it shares the memory of the machine
         total, _ = _memory()
         gpus = [{**gpu, "memory_bytes": gpu["memory_bytes"] or total} for gpu in gpus]
-    return gpus, driver, problem
+    return gpus, driver, complaint
 
 
 def _smi() -> str | None:
@@ -128,6 +127,9 @@ def _ask(*command: str) -> tuple[str, str]:
         said, _ = process.communicate(timeout=_SMI_TIMEOUT)
     except subprocess.TimeoutExpired:
         process.kill()
+        process.stdout.close()  # type: ignore[union-attr]
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(1)
         return "", f"nvidia-smi gave no answer within {_SMI_TIMEOUT:.0f} s: the driver or a GPU hangs."
     if process.returncode == 0:
         return said, ""
