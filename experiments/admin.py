@@ -2,6 +2,9 @@
 
 Rows that a follower writes are shown, never edited: what the database says of a run is what happened in its run
 directory. Whoever wants a run to stop or to go on uses the actions, which ask for it in the same way as the site does.
+
+A person's machine is theirs: an administrator sees how it stands, may offer it to all and may retire it. How it is
+reached and what opens it is changed by its owner, on its own pages, and no credential is shown.
 """
 
 from __future__ import annotations
@@ -14,11 +17,23 @@ from django.contrib import admin, messages
 from django.db.models import Count, Q, QuerySet
 from django.http import HttpRequest
 from django.urls import reverse
+from django.utils import timezone
 from django.utils.html import format_html, format_html_join
 from django.utils.safestring import SafeString
 
-from experiments import jobs
-from experiments.models import ACTIVE, Experiment, Host, ModelRun, State
+from experiments import credentials, jobs
+from experiments.host_standing import HostStanding
+from experiments.models import (
+    ACTIVE,
+    Experiment,
+    Host,
+    HostKeyPin,
+    HostTask,
+    ModelRun,
+    Removal,
+    State,
+    Transfer,
+)
 from experiments.templatetags import figures
 
 
@@ -93,7 +108,16 @@ def _runs_of(target: Experiment | ModelRun) -> QuerySet[ModelRun]:
 
 class ModelRunInline(admin.TabularInline):  # type: ignore[type-arg]
     model = ModelRun
-    fields = readonly_fields = ("run", "status", "reason", "attempt", "progress", "validation_loss", "ended_at")
+    fields = readonly_fields = (
+        "run",
+        "host",
+        "status",
+        "reason",
+        "attempt",
+        "progress",
+        "validation_loss",
+        "ended_at",
+    )
     extra = 0
     can_delete = False
 
@@ -177,8 +201,8 @@ class ExperimentAdmin(Actions):
 class ModelRunAdmin(Actions):
     list_display = ("name", "of", "owner", "status", "reason", "host", "progress", "attempt", "queued_at", "ended_at")
     list_display_links = ("name",)
-    list_filter = ("state", "reason", "experiment__host", "queued_at", "ended_at")
-    list_select_related = ("experiment__owner", "experiment__host")
+    list_filter = ("state", "reason", "host", "queued_at", "ended_at")
+    list_select_related = ("experiment__owner", "host")
     list_per_page = 50
     search_fields = ("name", "=experiment__id", "experiment__name", "experiment__owner__email", "detail")
     search_help_text = (
@@ -188,8 +212,8 @@ class ModelRunAdmin(Actions):
     ordering = ("-queued_at", "position")
     show_full_result_count = False
     fieldsets = (
-        (None, {"fields": ("name", "of", "owner", "host", "parent", "job_id", "directory")}),
-        ("Wanted", {"fields": ("stop_requested", "attempt")}),
+        (None, {"fields": ("name", "of", "owner", "host", "gpus_given", "parent", "job_id", "directory")}),
+        ("Wanted", {"fields": ("stop_requested", "attempt", "gpus_wanted")}),
         (
             "Known",
             {"fields": ("status", "reason", "what_happened", "progress", "tokens", "flops_done", "train_seconds")},
@@ -227,9 +251,9 @@ class ModelRunAdmin(Actions):
     def owner(self, run: ModelRun) -> Any:
         return run.experiment.owner
 
-    @admin.display(ordering="experiment__host")
-    def host(self, run: ModelRun) -> Any:
-        return run.experiment.host
+    @admin.display(description="GPUs")
+    def gpus_given(self, run: ModelRun) -> str:
+        return ", ".join(map(str, run.gpus)) or "–"
 
     @admin.display(description="state", ordering="state")
     def status(self, run: ModelRun) -> SafeString:
@@ -268,23 +292,159 @@ class ModelRunAdmin(Actions):
         return _pretty(run.grown)
 
 
-@admin.register(Host)
-class HostAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
-    list_display = ("name", "kind", "slots", "training", "waiting", "created", "last_seen")
-    list_filter = ("kind",)
-    search_fields = ("name",)
-    readonly_fields = ("kind", "created", "last_seen")
+class Shown(admin.ModelAdmin):  # type: ignore[type-arg]
+    """Rows of the collector's: to be looked at."""
 
-    def get_queryset(self, request: HttpRequest) -> QuerySet[Host]:
-        runs = "experiments__runs"
-        queryset: QuerySet[Host] = super().get_queryset(request)
-        return queryset.annotate(
-            n_training=Count(runs, filter=Q(**{f"{runs}__state": State.RUNNING}), distinct=True),
-            n_waiting=Count(runs, filter=Q(**{f"{runs}__state": State.QUEUED}), distinct=True),
-        )
+    list_per_page = 50
+    show_full_result_count = False
+
+    class Media:
+        css = {"all": ["css/admin.css"]}
 
     def has_add_permission(self, request: HttpRequest) -> bool:
-        return False  # this machine is there by itself
+        return False
+
+    def has_change_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        return False
+
+    def has_delete_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        return False
+
+
+class ShownInline(admin.TabularInline):  # type: ignore[type-arg]
+    extra = 0
+    can_delete = False
+
+    def has_add_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        return False
+
+    def has_change_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        return False
+
+
+class HostKeyPinInline(ShownInline):
+    """Who trusted which key, and when."""
+
+    model = HostKeyPin
+    verbose_name_plural = "confirmed host keys"
+    fields = readonly_fields = ("at", "by", "confirmed", "before")
+
+    @admin.display(description="key")
+    def confirmed(self, pin: HostKeyPin) -> str:
+        return _fingerprint(pin.key)
+
+    @admin.display(description="before")
+    def before(self, pin: HostKeyPin) -> str:
+        return _fingerprint(pin.previous)
+
+
+class HostTaskInline(ShownInline):
+    model = HostTask
+    fields = readonly_fields = ("task", "state", "asked_by", "created", "ended_at")
+
+    @admin.display(description="what")
+    def task(self, task: HostTask) -> SafeString:
+        address = reverse("admin:experiments_hosttask_change", args=[task.pk])
+        return format_html('<a href="{}">{}</a>', address, task.get_kind_display())
+
+
+_REACHED = (
+    (None, {"fields": ("name", "kind", "owner", "where", "state", "offered", "retired_at")}),
+    ("Trust", {"fields": ("fingerprint", "seen_fingerprint", "credential", "credential_changed")}),
+    ("Use", {"fields": ("folder", "env_python", "gpus", "gpu_choice", "runs_per_gpu", "slots", "price_per_hour")}),
+    ("Known", {"fields": ("last_seen", "unreachable_since", "problem", "problem_text", "probed_at", "found")}),
+)
+
+
+@admin.register(Host)
+class HostAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
+    list_display = ("name", "owner", "where", "state", "gpus", "training", "waiting", "offered", "last_seen")
+    list_filter = ("kind", "offered", "problem", ("retired_at", admin.EmptyFieldListFilter))
+    list_select_related = ("owner",)
+    list_per_page = 50
+    search_fields = ("name", "address", "owner__email")
+    search_help_text = "Name, address, or the owner's address."
+    show_full_result_count = False
+    view_on_site = False  # its pages are its owner's
+    actions = ("offer", "take_back", "retire")
+
+    class Media:
+        css = {"all": ["css/admin.css"]}
+
+    def get_queryset(self, request: HttpRequest) -> QuerySet[Host]:
+        queryset: QuerySet[Host] = super().get_queryset(request)
+        return queryset.annotate(
+            n_training=Count("runs", filter=Q(runs__state=State.RUNNING), distinct=True),
+            n_waiting=Count("runs", filter=Q(runs__state=State.QUEUED), distinct=True),
+        )
+
+    def get_fieldsets(self, request: HttpRequest, obj: Any = None) -> Any:
+        if obj is not None and obj.is_remote:
+            return _REACHED
+        return ((None, {"fields": ("name", "slots", "kind", "created", "last_seen")}),)
+
+    def get_readonly_fields(self, request: HttpRequest, obj: Any = None) -> Any:
+        if obj is None or not obj.is_remote:
+            return ("kind", "created", "last_seen")
+        fields = [field for _, section in _REACHED for field in section["fields"]]
+        return [field for field in fields if field != "offered" or obj.retired_at]
+
+    def get_inlines(self, request: HttpRequest, obj: Any = None) -> Any:
+        return (HostKeyPinInline, HostTaskInline) if obj is not None and obj.is_remote else ()
+
+    def save_model(self, request: HttpRequest, obj: Host, form: Any, change: bool) -> None:
+        """What was changed here and no more: the collector writes to the same row."""
+        obj.save(update_fields=form.changed_data)
+
+    def has_add_permission(self, request: HttpRequest) -> bool:
+        return False  # this machine is there by itself, others are added by who may sign in there
+
+    def has_delete_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        """A machine that is reached over SSH is retired: what Kangaroo left there is removed before it is forgotten."""
+        return super().has_delete_permission(request, obj) and (obj is None or not obj.is_remote)
+
+    def get_actions(self, request: HttpRequest) -> Any:
+        return {name: action for name, action in super().get_actions(request).items() if name != "delete_selected"}
+
+    @admin.action(description="Offer to all users", permissions=["change"])
+    def offer(self, request: HttpRequest, queryset: QuerySet[Host]) -> None:
+        self._change(request, queryset, "offered to all", offered=True)
+
+    @admin.action(description="Offer no longer", permissions=["change"])
+    def take_back(self, request: HttpRequest, queryset: QuerySet[Host]) -> None:
+        self._change(request, queryset, "its owner's alone now", offered=False)
+
+    @admin.action(description="Retire: nothing new begins there", permissions=["change"])
+    def retire(self, request: HttpRequest, queryset: QuerySet[Host]) -> None:
+        """The collector clears up there and then forgets what opened it."""
+        self._change(request, queryset, "retired", offered=False, retired_at=timezone.now())
+
+    def _change(self, request: HttpRequest, queryset: QuerySet[Host], done: str, **fields: Any) -> None:
+        for host in queryset:
+            why = _hindrance(host, retire="retired_at" in fields)
+            if not why:
+                Host.objects.filter(pk=host.pk, retired_at=None).update(**fields)
+                self.log_change(request, host, f"{done.capitalize()}.")
+            self.message_user(request, f"{host}: {why or done}.", messages.WARNING if why else messages.INFO)
+
+    @admin.display(ordering="address")
+    def where(self, host: Host) -> str:
+        return f"{host.username}@{host.address}:{host.port}" if host.is_remote else "–"
+
+    @admin.display
+    def state(self, host: Host) -> SafeString:
+        if host.retired_at:
+            return _state("cancelled", "retired")
+        if not host.is_remote:
+            return SafeString("–")
+        state = HostStanding(host, is_mine=True).state
+        since = f" since {timezone.localtime(host.unreachable_since):%Y-%m-%d %H:%M}" if host.unreachable_since else ""
+        return _state(state.colour, f"{state.word}{since if state.word == 'unreachable' else ''}")
+
+    @admin.display(description="GPUs")
+    def gpus(self, host: Host) -> str:
+        names = [gpu.name for gpu in HostStanding(host, is_mine=True).gpus]
+        return ", ".join(f"{names.count(name)} × {name}" for name in dict.fromkeys(names)) or "–"
 
     @admin.display(ordering="n_training")
     def training(self, host: Any) -> int:
@@ -293,3 +453,86 @@ class HostAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
     @admin.display(ordering="n_waiting")
     def waiting(self, host: Any) -> int:
         return int(host.n_waiting)
+
+    @admin.display(description="host key")
+    def fingerprint(self, host: Host) -> str:
+        return _fingerprint(host.host_key)
+
+    @admin.display(description="another key that was seen")
+    def seen_fingerprint(self, host: Host) -> str:
+        return _fingerprint(host.seen_key if host.seen_key != host.host_key else "")
+
+    @admin.display(description="what the last look found")
+    def found(self, host: Host) -> SafeString:
+        return _pretty(host.facts)
+
+
+def _fingerprint(key_line: str) -> str:
+    try:
+        return f"{key_line.split()[0]} {credentials.fingerprint(key_line)}" if key_line else "–"
+    except ValueError:
+        return "not a key"
+
+
+def _hindrance(host: Host, *, retire: bool) -> str:
+    """Why it cannot be offered, or retired; "" if it can."""
+    if not host.is_remote:
+        return "it belongs to this installation"
+    if host.retired_at:
+        return "it is retired"
+    if retire and (active := host.runs.filter(state__in=ACTIVE).count()):
+        return f"{'1 run waits or trains' if active == 1 else f'{active} runs wait or train'} there; stop them first"
+    if retire and (other := host.reached_through_it.filter(retired_at=None).first()):
+        return f"{other} is reached through it"
+    return ""
+
+
+@admin.register(HostTask)
+class HostTaskAdmin(Shown):
+    list_display = ("host", "kind", "status", "asked_by", "created", "ended_at")
+    list_filter = ("kind", "state", "created")
+    list_select_related = ("host", "asked_by")
+    search_fields = ("host__name", "host__address", "asked_by__email")
+    fields = (
+        "host",
+        "kind",
+        "status",
+        "asked_by",
+        "created",
+        "started_at",
+        "ended_at",
+        "cancel_requested",
+        "done",
+        "said",
+    )
+
+    @admin.display(description="state", ordering="state")
+    def status(self, task: HostTask) -> SafeString:
+        colour = "queued" if task.state == HostTask.State.WANTED else task.state
+        return _state(colour, task.get_state_display())
+
+    @admin.display(description="steps")
+    def done(self, task: HostTask) -> SafeString:
+        return _pretty(task.steps)
+
+    @admin.display(description="log")
+    def said(self, task: HostTask) -> SafeString:
+        return format_html('<pre class="json">{}</pre>', task.log[-20_000:]) if task.log else SafeString("–")
+
+
+@admin.register(Transfer)
+class TransferAdmin(Shown):
+    list_display = ("run", "name", "state", "bytes_done", "bytes_total", "created", "ended_at")
+    list_filter = ("state", "run__host", "created")
+    list_select_related = ("run__experiment",)
+    search_fields = ("run__experiment__name", "=run__experiment__id", "error")
+    fields = ("run", "name", "state", "bytes_done", "bytes_total", "error", "created", "ended_at")
+
+
+@admin.register(Removal)
+class RemovalAdmin(Shown):
+    list_display = ("experiment_id", "host", "created")
+    list_filter = ("host",)
+    list_select_related = ("host",)
+    search_fields = ("=experiment_id", "host__name")
+    fields = ("experiment_id", "host", "created")
