@@ -408,24 +408,25 @@ class HostAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
 
     @admin.action(description="Offer to all users", permissions=["change"])
     def offer(self, request: HttpRequest, queryset: QuerySet[Host]) -> None:
-        self._change(request, queryset, "offered to all", offered=True)
+        self._change(request, queryset, "Offered to all", offered=True)
 
     @admin.action(description="Offer no longer", permissions=["change"])
     def take_back(self, request: HttpRequest, queryset: QuerySet[Host]) -> None:
-        self._change(request, queryset, "its owner's alone now", offered=False)
+        self._change(request, queryset, "Its owner's alone now", offered=False)
 
     @admin.action(description="Retire: nothing new begins there", permissions=["change"])
     def retire(self, request: HttpRequest, queryset: QuerySet[Host]) -> None:
         """The collector clears up there and then forgets what opened it."""
-        self._change(request, queryset, "retired", offered=False, retired_at=timezone.now())
+        self._change(request, queryset, "Retired", offered=False, retired_at=timezone.now())
 
     def _change(self, request: HttpRequest, queryset: QuerySet[Host], done: str, **fields: Any) -> None:
         for host in queryset:
             why = _hindrance(host, retire="retired_at" in fields)
             if not why:
                 Host.objects.filter(pk=host.pk, retired_at=None).update(**fields)
-                self.log_change(request, host, f"{done.capitalize()}.")
-            self.message_user(request, f"{host}: {why or done}.", messages.WARNING if why else messages.INFO)
+                self.log_change(request, host, f"{done}.")
+            said = f"Nothing was done with {host}: {why}." if why else f"{done}: {host}."
+            self.message_user(request, said, messages.WARNING if why else messages.INFO)
 
     @admin.display(ordering="address")
     def where(self, host: Host) -> str:
