@@ -20,10 +20,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from tests.trainer import pico
 from tests.trainer.test_evaluate import held_out, model_of
-from tests.trainer.texts import events, experiment, last, losses, wait_for, write
+from tests.trainer.texts import begin, events, experiment, last, losses, wait_for, write
 from trainer.evaluate import evaluate
 from trainer.processes import Processes
 from trainer.run import run
@@ -212,6 +213,39 @@ def test_a_lost_process_ends_the_run_and_it_goes_on_until_it_is_stopped(
     found, expected = losses(directory), losses(tmp_path / "alone" / "small")
     assert len(expected) > 2
     assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-4)
+
+
+def test_processes_that_begin_with_a_checkpoint_notice_alike_what_is_no_longer_a_number(
+    text: Path, tmp_path: Path, cache: Path, torchrun: Any
+) -> None:
+    alone(experiment(text), "small", tmp_path, cache)
+    source = tmp_path / "small" / "model"
+    weights = load_file(source / "model.safetensors")
+    weights["model.embed_tokens.weight"].fill_(3e38)  # at the edge of what a float32 holds
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    held = experiment(text).model_dump(mode="json")
+    held["data"]["tokenizer"] = {"kind": "pretrained", "name": str(source)}
+    held["models"] = {"base": {"init": {"kind": "checkpoint", "path": str(source)}}}
+    process = torchrun(parse_spec(held), "base", tmp_path)
+    assert ended(process, tmp_path / "said") == 1
+    failed = last(tmp_path / "base")
+    assert (failed["kind"], failed["reason"], failed["step"]) == ("failed", "diverged", 1)
+    assert failed["message"].startswith("The gradient is not a finite number at step 1.")
+
+
+def test_an_experiment_that_is_killed_does_not_leave_its_training_behind(
+    text: Path, tmp_path: Path, cache: Path
+) -> None:
+    # So many steps that a training event, which would find its reader gone, is hours away.
+    endless = 2_000_000_000
+    spec = experiment(text, max_steps=endless, eval_every=endless, checkpoint_every=endless)
+    path, out = write(spec, tmp_path / "spec.json"), tmp_path / "out"
+    process = begin("run", path, "--out", out, "--cache", cache, "--threads", 1, out=tmp_path / "said")
+    wait_for(out / "small", "eval")
+    process.kill()
+    process.wait()
+    until(lambda: last(out / "small")["kind"] == "stopped")
+    assert (out / "small" / last(out / "small")["checkpoint"]).is_dir()
 
 
 def until(holds: Callable[[], Any], seconds: float = 120) -> Any:
