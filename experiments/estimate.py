@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from django.conf import settings
+from django.db.models import Q
 
 from experiments.forms import ExperimentForm
-from experiments.models import ModelRun, State
+from experiments.line import most_gpus
+from experiments.models import Host, ModelRun, State
 from experiments.templatetags.figures import filesize_short, percent
 from experiments.values import document_of
 from trainer.budget import ModelBudget, sheet
@@ -48,10 +50,12 @@ class Measured(NamedTuple):
     besides: float | None
 
 
-def measured() -> list[Measured]:
-    """The newest finished runs that trained for long enough to say anything."""
+def measured(host: Host | None = None) -> list[Measured]:
+    """The newest finished runs there (None: here) that trained for long enough to say anything."""
+    there = Q(host=host) if host else Q(host__kind=Host.Kind.LOCAL)
     finished = (
         ModelRun.objects.filter(
+            there,
             state=State.SUCCEEDED,
             flops__gt=0,
             step__gt=0,
@@ -91,8 +95,13 @@ def known_text(data: DataSpec) -> dict[str, Any]:
     return earlier.order_by("-started_at").values_list("prepared", flat=True).first() or {}
 
 
-def memory_bytes() -> int | None:
-    """What a process may use here: the machine's memory, or less if a container says so. None where nobody tells."""
+def memory_bytes(host: Host | None = None) -> int | None:
+    """What a process may use: a GPU's memory, or the machine's, or less if a container says so. None: not known."""
+    if host is not None:
+        facts = host.facts or {}
+        gpus = [gpu.get("memory_bytes") for gpu in facts.get("gpus") or []]
+        known = [size for size in gpus or [facts.get("memory_bytes")] if isinstance(size, int | float)]
+        return int(min(known)) if known else None
     found = []
     try:
         with open("/proc/meminfo") as file:
@@ -130,6 +139,8 @@ class Estimate:
     unknown: str = ""  # why figures are missing, and what would help
     seconds: float | None = None  # until the last model has finished
     memory: int | None = None
+    host: Host | None = None  # another machine than this one
+    cost: float | None = None  # of all models, where the host has a price
 
 
 def estimate(form: ExperimentForm) -> Estimate:
@@ -143,23 +154,28 @@ def estimate(form: ExperimentForm) -> Estimate:
     if known and d_vocab_is_open:
         tokenizer = spec.data.tokenizer.model_copy(update={"d_vocab": known["d_vocab"]})
         spec = spec.model_copy(update={"data": spec.data.model_copy(update={"tokenizer": tokenizer})})
-    memory, runs = memory_bytes(), measured()
-    budgets = {
-        name: _timed(budget, speed_of(runs, _flops_per_step(budget)))
-        for name, budget in sheet(spec, train_tokens=known.get("train_tokens")).items()
-    }
-    speed = speed_of(runs, max((_flops_per_step(budget) or 0.0 for budget in budgets.values()), default=0.0))
+    host = form.hosts.get(form.typed.get("host") or "")
+    host = None if host is None or host.kind == Host.Kind.LOCAL else host
+    memory, runs = memory_bytes(host), measured(host)
+    budgets = sheet(spec, train_tokens=known.get("train_tokens"))
+    speed = None
+    if runs or host is None:  # of another machine nothing can be guessed
+        budgets = {name: _timed(budget, speed_of(runs, _flops_per_step(budget))) for name, budget in budgets.items()}
+        speed = speed_of(runs, max((_flops_per_step(budget) or 0.0 for budget in budgets.values()), default=0.0))
+    places = ((most_gpus(host) or 0) * host.runs_per_gpu or host.slots) if host else settings.LOCAL_SLOTS
     shown = [budgets[name] for name in spec.models]
     return Estimate(
         models=shown,
         growth=_growth(spec, form),
         rules=_rules(spec, form),
-        warnings=_memory_warnings(shown, memory) + _plan_warnings(shown),
+        warnings=_memory_warnings(shown, memory, host, places) + _plan_warnings(shown),
         hints=_ratios(shown),
         unknown=_unknown(spec, shown),
         speed=speed,
-        seconds=_until_finished(spec, budgets, speed.besides),
+        seconds=_until_finished(spec, budgets, speed.besides, places) if speed else None,
         memory=memory,
+        host=host,
+        cost=_cost(host, shown, speed),
     )
 
 
@@ -238,21 +254,32 @@ def _timed(budget: ModelBudget, speed: Speed) -> ModelBudget:
 # Warnings, ratios, time -----------------------------------------------------------------------------------------------
 
 
-def _memory_warnings(budgets: list[ModelBudget], memory: int | None) -> list[str]:
+def _cost(host: Host | None, budgets: list[ModelBudget], speed: Speed | None) -> float | None:
+    """Each run for its time at the host's price; those that train at once are not cheaper for that."""
+    if host is None or host.price_per_hour is None or speed is None:
+        return None
+    seconds = [budget.seconds for budget in budgets]
+    if any(each is None for each in seconds):
+        return None
+    return float(host.price_per_hour) * sum((each or 0.0) + speed.besides for each in seconds) / 3600
+
+
+def _memory_warnings(budgets: list[ModelBudget], memory: int | None, host: Host | None, places: int) -> list[str]:
     if not memory:
         return []
+    where = f"{host} has" if host else "this machine has"
+    on_gpus = host is not None and most_gpus(host) is not None
     too_large = [b for b in budgets if (b.memory_bytes or 0) > memory]
     if too_large:
         return [
-            f"{b.name} needs about {filesize_short(b.memory_bytes)}: this machine has {filesize_short(memory)}. "
+            f"{b.name} needs about {filesize_short(b.memory_bytes)}: {where} {filesize_short(memory)}. "
             "A smaller batch_size, n_ctx or shape would fit."
             for b in too_large
         ]
-    together = sum(sorted((b.memory_bytes or 0 for b in budgets), reverse=True)[: settings.LOCAL_SLOTS])
-    if together > memory:
+    together = sum(sorted((b.memory_bytes or 0 for b in budgets), reverse=True)[:places])
+    if together > memory and not on_gpus:  # each has a GPU of its own
         return [
-            f"Runs that train at once need about {filesize_short(together)} together: this machine has "
-            f"{filesize_short(memory)}."
+            f"Runs that train at once need about {filesize_short(together)} together: {where} {filesize_short(memory)}."
         ]
     return []
 
@@ -285,10 +312,10 @@ def _ratios(budgets: list[ModelBudget]) -> list[str]:
     return hints
 
 
-def _until_finished(spec: ExperimentSpec, budgets: dict[str, ModelBudget], besides: float) -> float | None:
-    """Seconds until the last model has finished: LOCAL_SLOTS at a time, a child after its parent."""
+def _until_finished(spec: ExperimentSpec, budgets: dict[str, ModelBudget], besides: float, places: int) -> float | None:
+    """Seconds until the last model has finished: so many at a time as there are places, a child after its parent."""
     ends: dict[str, float] = {}
-    free = [0.0] * max(1, settings.LOCAL_SLOTS)
+    free = [0.0] * max(1, places)
     for name in spec.order():
         seconds = budgets[name].seconds
         if seconds is None:

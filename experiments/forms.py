@@ -495,7 +495,7 @@ class ExperimentForm(forms.Form):
 
     def _clean_hosts(self) -> None:
         values = self.cleaned_data
-        values["gpus"] = gpus = values.get("gpus") or 1
+        values["gpus"] = gpus = 1 if values.get("gpus") is None else values["gpus"]
         if not 1 <= gpus <= MOST_GPUS:
             self.add_error("gpus", _sentence("GPUs a model", gpus, f"must be 1 to {MOST_GPUS}"))
             return
@@ -514,6 +514,12 @@ class ExperimentForm(forms.Form):
                 self.add_error(name, f"{host}: is not set up yet; set it up under Hosts first")
             elif gpus > (most_gpus(host) or 1):
                 self.add_error("gpus", _sentence("GPUs a model", gpus, f"{host} has {most_gpus(host) or 'no GPU'}"))
+
+    @property
+    def goes_to_own_machines(self) -> bool:
+        """Whether a stored credential will be used for it."""
+        assert self.spec is not None
+        return any(self.host_of(name).is_remote for name in self.spec.models)
 
     def host_of(self, name: str) -> Host:
         """Where the model `name` of the spec is to train."""

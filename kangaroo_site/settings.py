@@ -274,6 +274,8 @@ FILE_UPLOAD_HANDLERS = [
 CORES = cores()
 #: How many runs train at once on this machine; each gets its share of the cores.
 LOCAL_SLOTS = env.int("LOCAL_SLOTS", min(2, CORES))
+#: Whoever sends training to a machine of theirs has proved within so many seconds who they are.
+HOST_SIGN_IN_SECONDS = env.int("HOST_SIGN_IN_SECONDS", 12 * 3600)
 #: Finished models up to this size are brought from GPU hosts by themselves; larger ones when they are asked for.
 FETCH_MODELS_GB = env.float("FETCH_MODELS_GB", 5.0)
 #: Limits a user, guests included, may not pass. 0: none.

@@ -21,6 +21,7 @@ from experiments.forms import ExperimentForm, host_key
 from experiments.models import Experiment, Host
 from experiments.presets import FIRST_LOOK, PRESETS
 from experiments.values import left_out, values_of
+from experiments.views.hosts import require_recent
 from trainer.growth import OPERATORS, Operator
 
 
@@ -67,6 +68,8 @@ def _start(request: HttpRequest) -> HttpResponse:
     form = ExperimentForm(request.POST, request.FILES, user=request.user, owner=partial(ensure_user, request))
     only_check = "check" in request.POST
     if form.is_valid() and not only_check:
+        if form.goes_to_own_machines and (first := require_recent(request, within=settings.HOST_SIGN_IN_SECONDS)):
+            return first  # which leads back here, with all that was filled in
         try:
             return redirect(_create_once(request, form, anonymous))
         except jobs.LimitReached as error:

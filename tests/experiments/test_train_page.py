@@ -24,7 +24,7 @@ from accounts.models import User
 from experiments import estimate as estimates
 from experiments import jobs
 from experiments.forms import ExperimentForm
-from experiments.models import Experiment, ModelRun, State
+from experiments.models import Experiment, Host, ModelRun, State
 from experiments.presets import FIRST_LOOK, ORIGINAL, PRESETS
 from experiments.templatetags.figures import count, flops
 from tests.experiments.factories import make_experiment, make_user
@@ -480,11 +480,11 @@ def test_a_model_that_does_not_fit_into_memory_is_warned_of(client: Client, monk
     needed = sheet(FIRST_LOOK.spec)["large"].memory_bytes
     assert needed
     assert "this machine has" not in ask(client, first_look())
-    monkeypatch.setattr(estimates, "memory_bytes", lambda: needed - 1)
+    monkeypatch.setattr(estimates, "memory_bytes", lambda host: needed - 1)
     text = ask(client, first_look())
     assert "large needs about" in text
     assert "small needs about" not in text
-    monkeypatch.setattr(estimates, "memory_bytes", lambda: needed + 1)
+    monkeypatch.setattr(estimates, "memory_bytes", lambda host: needed + 1)
     assert "train at once need about" in ask(client, first_look())
 
 
@@ -498,10 +498,9 @@ def test_the_machine_says_how_much_memory_it_has() -> None:
 
 
 @pytest.mark.parametrize(("slots", "factor"), [(1, 3), (2, 2), (3, 2)])
-def test_the_last_model_ends_when_its_parent_and_a_free_place_allow(settings: Any, slots: int, factor: int) -> None:
-    settings.LOCAL_SLOTS = slots
+def test_the_last_model_ends_when_its_parent_and_a_free_place_allow(slots: int, factor: int) -> None:
     budgets = {name: replace(budget, seconds=60.0) for name, budget in sheet(FIRST_LOOK.spec).items()}
-    assert estimates._until_finished(FIRST_LOOK.spec, budgets, besides=5.0) == 65.0 * factor
+    assert estimates._until_finished(FIRST_LOOK.spec, budgets, besides=5.0, places=slots) == 65.0 * factor
 
 
 def test_a_field_that_differs_between_the_two_shapes_is_marked(client: Client) -> None:
@@ -535,3 +534,100 @@ print(*sorted({"torch", "transformers", "datasets", "tokenizers", "numpy", "pyar
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == []
+
+
+# A machine of one's own -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu_host(member: User) -> Host:
+    gpu = {"index": 0, "name": "NVIDIA A100", "memory_bytes": 40_000_000_000, "memory_used_bytes": 0, "processes": []}
+    gpus = [{**gpu, "index": number, "uuid": f"GPU-{number}"} for number in range(2)]
+    return Host.objects.create(  # type: ignore[no-any-return]
+        name="gpu1",
+        kind=Host.Kind.SSH,
+        owner=member,
+        address="gpu1.example.org",
+        host_key="ssh-ed25519 AAAA",
+        env_python="/usr/bin/python3",
+        facts={"gpus": gpus, "cores": 8, "memory_bytes": 64_000_000_000},
+        price_per_hour=2,
+    )
+
+
+@pytest.fixture
+def member() -> User:
+    return make_user("member@example.org")
+
+
+@pytest.fixture
+def inside(client: Client, member: User) -> Client:
+    client.post(reverse("account_login"), {"login": member.email, "password": "correct horse"})
+    return client
+
+
+def test_ones_own_machine_is_chosen_for_all_models_or_for_one(inside: Client, gpu_host: Host) -> None:
+    text = inside.get(TRAIN).content.decode()
+    assert "gpu1: 2 x NVIDIA A100" in text
+    inside.post(TRAIN, first_look(host=str(gpu_host.pk), small_host="local", gpus="2"))
+    (experiment,) = Experiment.objects.all()
+    assert experiment.host == gpu_host
+    where = {run.name: (run.host.name, run.gpus_wanted) for run in experiment.runs.select_related("host")}
+    assert where == {"small": ("this machine", 2), "scaled": ("gpu1", 2), "large": ("gpu1", 2)}
+    again = inside.get(TRAIN, {"from": str(experiment.pk)}).content.decode()
+    assert f'<option value="{gpu_host.pk}" selected' in again
+
+
+def test_a_machine_that_is_not_ones_own_cannot_be_chosen(client: Client, gpu_host: Host) -> None:
+    client.force_login(make_user("stranger@example.org"))
+    assert "gpu1" not in client.get(TRAIN).content.decode()
+    assert client.post(TRAIN, first_look(host=str(gpu_host.pk))).status_code == 422
+    assert not Experiment.objects.exists()
+    Host.objects.update(offered=True)
+    assert "gpu1" in client.get(TRAIN).content.decode()
+
+
+@pytest.mark.parametrize(
+    ("changes", "fields", "says"),
+    [
+        ({"env_python": ""}, {}, "gpu1: is not set up yet"),
+        ({"problem": "key_changed"}, {}, "gpu1: its host key has changed"),
+        ({}, {"gpus": "4"}, "GPUs a model 4: gpu1 has 2"),
+        ({}, {"gpus": "3"}, "must divide batch_size"),
+        ({}, {"gpus": "0"}, "must be 1 to"),
+        ({"gpu_choice": "0"}, {"gpus": "2"}, "GPUs a model 2: gpu1 has 1"),
+        ({"retired_at": "2026-01-01T00:00Z"}, {}, "not one of the available choices"),
+    ],
+)
+def test_a_machine_that_cannot_be_used_is_refused_beside_its_field(
+    inside: Client, gpu_host: Host, changes: dict[str, str], fields: dict[str, str], says: str
+) -> None:
+    Host.objects.filter(pk=gpu_host.pk).update(**changes)
+    answer = inside.post(TRAIN, first_look(host=str(gpu_host.pk), **fields))
+    assert answer.status_code == 422
+    assert says in answer.content.decode()
+    assert not Experiment.objects.exists()
+
+
+def test_the_sheet_speaks_of_the_machine_that_was_chosen(inside: Client, gpu_host: Host) -> None:
+    text = ask(inside, first_look(host=str(gpu_host.pk)))
+    assert "is known once something has trained there" in text
+    experiment = make_experiment(gpu_host.owner, name="earlier")
+    experiment.runs.update(host=gpu_host)
+    text = ask(inside, first_look(host=str(gpu_host.pk)))
+    assert "of a like size on gpu1" in text
+    assert "at 2.00 an hour" in text
+    Host.objects.update(facts={"gpus": [{"uuid": "GPU-0", "index": 0, "name": "tiny", "memory_bytes": 1_000_000}]})
+    assert ": gpu1 has" in ask(inside, first_look(host=str(gpu_host.pk)))
+
+
+def test_training_on_ones_own_machine_wants_a_recent_sign_in_and_loses_nothing(
+    inside: Client, gpu_host: Host, settings: Any
+) -> None:
+    settings.HOST_SIGN_IN_SECONDS = 0
+    answer = inside.post(TRAIN, first_look(host=str(gpu_host.pk), name="Kept"))
+    assert answer.status_code == 302
+    assert "reauthenticate" in answer["Location"]
+    settings.HOST_SIGN_IN_SECONDS = 3600
+    answer = inside.post(answer["Location"], {"password": "correct horse"}, follow=True)
+    assert Experiment.objects.get().name == "Kept"
