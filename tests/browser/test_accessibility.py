@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from allauth.mfa.totp.internal.auth import format_hotp_value, hotp_value
 from playwright.sync_api import Browser, Page, expect
 
 from tests.browser.conftest import ROOT, Site
-from tests.browser.test_main_job import TRAINED, sign_up, some_text, submit
+from tests.browser.test_main_job import PASSWORD, TRAINED, sign_up, some_text, submit
 
 pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("browser")]
 
@@ -17,6 +19,11 @@ AXE = ROOT / "node_modules/axe-core/axe.min.js"
 FOR_ALL = ["/", "/docs/", "/docs/guide/", "/docs/fields/", "/docs/figures/", "/docs/growth/", "/no-such-page/"]
 SIGNED_OUT = ["/train/", "/profile/", "/accounts/login/", "/accounts/signup/", "/accounts/password/reset/"]
 SIGNED_IN = ["/train/", "/profile/", "/accounts/email/", "/accounts/password/change/", "/accounts/settings/"]
+MEMBERS = ["/accounts/sessions/", "/accounts/reauthenticate/"]
+SECOND_FACTOR = [
+    f"/accounts/second-factor/{path}/"
+    for path in ("codes", "codes/new", "app/deactivate", "passkeys", "passkeys/add", "reauthenticate")
+]
 
 
 @pytest.fixture(params=["light", "dark"])
@@ -72,4 +79,40 @@ def test_every_page_of_somebody_signed_in(themed: Page, tmp_path: Path) -> None:
     themed.evaluate("document.querySelectorAll('main details').forEach(each => { each.open = true })")
     check(themed)
     themed.goto("/profile/")
+    check(themed)
+
+
+def code_of(secret: str) -> str:
+    """What an authenticator app shows, once it will show it long enough to be typed."""
+    left = 30 - time.time() % 30
+    if left < 10:
+        time.sleep(left)
+    return str(format_hotp_value(hotp_value(secret, int(time.time()) // 30)))
+
+
+def test_every_page_of_signing_in_with_two_steps(themed: Page) -> None:
+    email = sign_up(themed)
+    for path in MEMBERS:
+        themed.goto(path)
+        check(themed)
+    themed.goto("/accounts/second-factor/app/activate/")
+    themed.get_by_label("Password").fill(PASSWORD)
+    themed.get_by_role("button", name="Continue").click()
+    secret = themed.locator("code.secret").inner_text()
+    check(themed)
+    themed.get_by_label("Code").fill("0")
+    themed.get_by_role("button", name="Switch it on").click()
+    check(themed)  # with an error
+    themed.get_by_label("Code").fill(code_of(secret))
+    themed.get_by_role("button", name="Switch it on").click()
+    themed.wait_for_url("**/codes/")
+    for path in ["/accounts/settings/", *SECOND_FACTOR]:
+        themed.goto(path)
+        check(themed)
+    themed.context.clear_cookies()
+    themed.goto("/accounts/login/")
+    themed.fill("[name=login]", email)
+    themed.fill("[name=password]", PASSWORD)
+    themed.get_by_role("button", name="Sign in", exact=True).click()
+    themed.wait_for_url("**/authenticate/")
     check(themed)
