@@ -135,6 +135,7 @@ def start(
             with contextlib.suppress(FileNotFoundError):
                 (directory / stale).unlink()
         env = {**(os.environ if env is None else env), "KANGAROO_ATTEMPT": str(attempt)}
+        env.pop(_MARK, None)  # of the run that has started this one
         if threads:
             env["KANGAROO_THREADS"] = str(threads)
         _leave_supervisor(directory, attempt, lock, env, command, launcher)

@@ -25,6 +25,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from trainer import machine
+
 #: What the trainer imports, by the names under which it is installed.
 NEEDED = ("torch", "transformers", "tokenizers", "datasets", "safetensors", "pydantic", "numpy", "filelock", "tqdm")
 #: The Pythons that all of that is made for.
@@ -64,6 +66,13 @@ def set_up(root: Path, requirements: list[str], torch_index: str = "", system: b
     if found["missing"]:
         raise SetUpError("These cannot be imported: " + "; ".join(f"{name}: {why}" for name, why in _whys(found)))
     shutil.rmtree(scratch, ignore_errors=True)
+    gpus = machine.readings(root)["gpus"]
+    if gpus and found["versions"].get("torch") and not found["cuda_available"]:
+        made_for = f"CUDA {found['cuda']}" if found["cuda"] else "CPUs alone"
+        found["warning"] = (
+            f"torch {found['versions']['torch']} (made for {made_for}) "
+            "cannot use the GPUs here. Update their driver, or name a Python whose torch is made for it."
+        )
     return found
 
 
@@ -94,11 +103,12 @@ def look(python: str, names: Iterable[str] = NEEDED) -> dict[str, Any]:
     """What an interpreter has of `names`, tried by importing all of it.
 
     Returns executable, python (its version), versions ({name: version or None}), missing (names), problems ({name:
-    words}), cuda, cuda_available, and problem: "", or why the interpreter itself will not do.
+    words}), cuda, cuda_available, problem ("", or why the interpreter itself will not do), and warning ("", or what
+    :func:`set_up` has to say of an environment that can be used all the same).
     """
     names = list(names)
     found: dict[str, Any] = {"executable": python, "python": None, "versions": dict.fromkeys(names), "problems": {}}
-    found.update(cuda=None, cuda_available=False, problem="")
+    found.update(cuda=None, cuda_available=False, problem="", warning="")
     begun, why = "", "it ended while this was imported"
     try:
         run = subprocess.run(
@@ -292,7 +302,9 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     names = [_name(requirement) for requirement in given.requirement] or NEEDED
     if given.check:
-        found = look(given.check, names)
+        # Not resolved: the Python of a virtual environment is a link, and another one at its other end.
+        python = os.path.abspath(os.path.expanduser(given.check)) if os.sep in given.check else given.check
+        found = look(python, names)
         _say(json.dumps(found))
         return 1 if found["missing"] or found["problem"] else 0
     if not given.requirement:
