@@ -50,11 +50,11 @@ class HostForm(forms.ModelForm):  # type: ignore[type-arg]  # generic for the ty
             "jump",
             "folder",
             "python",
-            "before",
-            "price_per_hour",
-            "slots",
             "gpu_choice",
+            "before",
             "runs_per_gpu",
+            "slots",
+            "price_per_hour",
         )
         labels = {
             "name": "Name",
@@ -73,7 +73,7 @@ class HostForm(forms.ModelForm):  # type: ignore[type-arg]  # generic for the ty
         help_texts = {
             "name": "What you call it here.",
             "address": "A name or an IP address, such as gpu1.example.org or 192.0.2.7.",
-            "port": "22 unless its administrator says otherwise.",
+            "port": "Mostly 22.",
             "username": "Who you are on that machine. Not root: nothing here needs it.",
             "jump": "Only if the machine is reached through another one, which you have added here before.",
             "folder": "Everything that Kangaroo writes there stands in it. From your home, or absolute.",

@@ -101,6 +101,10 @@ class HostStanding:
         state = _state(self)
         return state if self.is_mine else _for_others(state)
 
+    @property
+    def key_has_changed(self) -> bool:
+        return bool(self.host.host_key) and self.host.problem == Problem.KEY_CHANGED
+
     @cached_property
     def unreachable_since(self) -> Any:
         """For the badge: a state that another one hides is not said."""
@@ -131,6 +135,10 @@ class HostStanding:
     def steps(self) -> list[Step]:
         found = self.task.steps if self.task is not None and isinstance(self.task.steps, list) else []
         return [_step(step) for step in found[:40] if isinstance(step, dict)]
+
+    @property
+    def remarks(self) -> int:
+        return sum(step.state in ("warning", "failed") for step in self.steps)
 
     @property
     def log(self) -> str:
@@ -190,7 +198,7 @@ def _state(standing: HostStanding) -> HostState:
     """What stands in the way comes first, in the order in which a person must deal with it."""
     host = standing.host
     said = text(host.problem_text, 500)
-    if host.host_key and host.problem == Problem.KEY_CHANGED:
+    if standing.key_has_changed:
         return HostState(
             "failed",
             "its host key has changed",
@@ -225,7 +233,7 @@ def _state(standing: HostStanding) -> HostState:
             "being looked at" if is_probe else "being set up",
             "Kangaroo is looking at it now." if is_probe else "Kangaroo is setting it up now; this takes some minutes.",
         )
-    if host.unreachable_since or host.problem == Problem.UNREACHABLE:
+    if host.problem == Problem.UNREACHABLE or (host.unreachable_since and not host.problem):
         return HostState(
             "cancelled",
             UNREACHABLE,

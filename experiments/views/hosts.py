@@ -427,6 +427,8 @@ def _host_page(request: SignedInRequest, host: Host, form: InterpreterForm | Non
     if standing.is_mine and standing.task is None:
         standing.task = host.tasks.first()  # the newest, to say how it went
     context: dict[str, Any] = {"host": host, "standing": standing, **_runs(host, request.user)}
+    if standing.is_mine:
+        context |= {"pinned": _key(host.host_key), "seen": _key(host.seen_key)}
     names = SECTIONS if standing.is_mine else tuple(name for name in SECTIONS if name != "task")
     sections = {name: polls.section(request, f"experiments/host.html#{name}", name, context) for name in names}
     if "HX-Request" in request.headers:
@@ -441,7 +443,6 @@ def _host_page(request: SignedInRequest, host: Host, form: InterpreterForm | Non
     if standing.is_mine:
         context |= {
             "form": form or InterpreterForm(initial={"python": host.env_python}),
-            "pinned": _key(host.host_key),
             "pins": [(pin, credentials.fingerprint(pin.key)) for pin in host.pins.select_related("by")[:20]],
             "revoke": credentials.revoke_command(host) if host.public_key else "",
         }

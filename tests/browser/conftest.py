@@ -45,6 +45,7 @@ class Site:
         self.environment = {
             **{k: v for k, v in os.environ.items() if k not in ("DATABASE_URL", "REDIS_URL", "DJANGO_SETTINGS_MODULE")},
             "KANGAROO_VAR": str(var),
+            "HOSTS_ALLOW": "public,private,loopback",  # the tests' own SSH server is on loopback
             "PYTHONUNBUFFERED": "1",
         }
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import html as html_module
 import re
+import subprocess
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -25,8 +27,13 @@ from django.utils import timezone
 from accounts.models import User
 from experiments import credentials
 from experiments.models import Experiment, Host, HostKeyPin, HostTask, ModelRun
+from experiments.transport import HostProblem
+from experiments.transport.client import call
+from experiments.transport.keeper import Keeper
 from tests.experiments.factories import make_experiment, make_user
 from tests.experiments.test_profile import inline_parts, marks
+from tests.live import eventually
+from tests.sshd import AS_ROOT, Sshd
 
 pytestmark = pytest.mark.django_db
 
@@ -294,7 +301,7 @@ def test_a_state_is_a_word_in_a_badge(client: Client, ada: User, fields: dict[st
     host = make_host(ada, **fields)
     for address in (reverse("hosts"), reverse("host", args=[host.pk])):
         html = page(client.get(address))
-        assert re.search(rf'<span class="state state-\w+">{word}', html), address
+        assert re.search(rf'<span class="state state-\w+"><span>{word}', html), address
         if "problem_text" in fields:
             assert fields["problem_text"] in html
 
@@ -554,11 +561,12 @@ def test_a_changed_key_is_shown_with_the_old_one_and_trusted_only_on_purpose(cli
     host = make_host(ada, seen_key=a_key(), problem="key_changed", problem_text="It changed.")
     HostKeyPin.objects.create(host=host, key=host.host_key, by=ada)
     address = reverse("host_confirm", args=[host.pk])
-    assert address in page(client.get(reverse("host", args=[host.pk])))
-    html = said(client, address)
     old, new = credentials.fingerprint(host.host_key), credentials.fingerprint(host.seen_key)
-    assert old in html
-    assert new in html
+    assert address in page(client.get(reverse("host", args=[host.pk])))
+    for place in (reverse("host", args=[host.pk]), address):
+        html = said(client, place)
+        assert old in html
+        assert new in html
     for typed in ("", new[-3:], "zzzz", old[-4:]):
         answer = client.post(address, {"fingerprint": new, "typed": typed})
         assert answer.status_code == 422
@@ -869,3 +877,132 @@ def test_a_recent_sign_in_is_recent_for_as_long_as_is_asked(client: Client, ada:
     assert client.get(reverse("host_add")).status_code == 200
     a_while_passes(client, seconds=200)
     assert client.get(reverse("host_add")).status_code == 302
+
+
+# With a real SSH server and a real keeper -----------------------------------------------------------------------------
+
+
+def seen_and_confirmed(client: Client, host: Host) -> Host:
+    """As a person does it: the fingerprint that the page shows is sent back."""
+    html = page(client.get(reverse("host_confirm", args=[host.pk])))
+    shown = re.search(r'name="fingerprint" value="(SHA256:[^"]+)"', html)
+    assert shown is not None, html
+    client.post(reverse("host_confirm", args=[host.pk]), {"fingerprint": shown[1]})
+    host.refresh_from_db()
+    return host
+
+
+@pytest.fixture
+def added(sshd: Sshd, keeper: Keeper, client: Client, transactional_db: None) -> Host:
+    """A machine added by the page, not confirmed."""
+    make_user()
+    sign_in(client)
+    given = {"name": "gpu9", "address": "127.0.0.1", "port": str(sshd.port), "username": sshd.login.name}
+    answer = client.post(reverse("host_add"), given)
+    assert answer.status_code == 302, page(answer)
+    return Host.objects.get(name="gpu9")
+
+
+def test_the_fingerprint_shown_is_the_servers(client: Client, sshd: Sshd, added: Host) -> None:
+    html = page(client.get(reverse("host_confirm", args=[added.pk])))
+    printed = subprocess.run(
+        ["ssh-keygen", "-lf", str(sshd.folder / "host_key.pub")], capture_output=True, text=True, check=True
+    ).stdout
+    md5 = subprocess.run(
+        ["ssh-keygen", "-E", "md5", "-lf", str(sshd.folder / "host_key.pub")],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert printed.split()[1] in html
+    assert md5.split()[1] in html
+    assert "Accepted" not in sshd.log()
+    host = seen_and_confirmed(client, added)
+    assert host.host_key == sshd.host_key
+    assert "Accepted" not in sshd.log()  # nobody signs in before that
+
+
+def test_a_server_that_shows_another_key_is_noticed_and_pinned_on_purpose(
+    client: Client, sshd: Sshd, added: Host
+) -> None:
+    host = seen_and_confirmed(client, added)
+    old = sshd.host_key
+    sshd.new_host_key()
+    sshd.start()
+    confirm = reverse("host_confirm", args=[host.pk])
+    html = page(client.post(confirm, {"scan": "1"}, follow=True))
+    old_print, new_print = credentials.fingerprint(old), credentials.fingerprint(sshd.host_key)
+    assert old_print in html
+    assert new_print in html
+    client.post(confirm, {"fingerprint": new_print, "typed": new_print[-6:]})
+    host.refresh_from_db()
+    assert host.host_key == sshd.host_key
+    assert [pin.previous for pin in host.pins.all()] == [old, ""]
+
+
+@pytest.mark.skipif(not AS_ROOT, reason="only root's sshd can check a password")
+def test_a_password_installs_the_line_once_and_is_forgotten(client: Client, sshd: Sshd, added: Host) -> None:
+    host = seen_and_confirmed(client, added)
+    address = reverse("host_credential", args=[host.pk])
+    wrong = client.post(address, {"way": "password", "password": "hunter2hunter2"})
+    assert wrong.status_code == 422
+    assert "hunter2" not in page(wrong)
+    assert re.search(r'id="id_password_error"><p>[^<]+</p>', page(wrong))
+
+    for _ in range(2):  # the line is not put there twice
+        answer = client.post(address, {"way": "password", "password": sshd.login.password})
+        assert answer["Location"] == reverse("host", args=[host.pk])
+    lines = (sshd.login.home / ".ssh/authorized_keys").read_text().split("\n")
+    assert [line for line in lines if line] == [credentials.authorized_line(host)]
+    assert HostTask.objects.get().state == HostTask.State.WANTED
+    host.refresh_from_db()
+    assert sshd.login.password not in "".join(str(value) for value in Host.objects.values_list().get(pk=host.pk))
+    assert sshd.login.password not in str(dict(client.session))
+
+
+def test_a_line_that_is_pasted_lets_kangaroo_in_and_the_revoking_command_out(
+    client: Client, sshd: Sshd, added: Host
+) -> None:
+    host = seen_and_confirmed(client, added)
+    html = html_module.unescape(page(client.get(reverse("host_credential", args=[host.pk]))))
+    command = re.search(r'<pre id="command"[^>]*><code>(.*?)</code>', html, re.DOTALL)
+    assert command is not None
+    in_the_home(sshd, command[1])
+    assert call(host.pk, "keeper.connect")[0]["seconds"] >= 0
+
+    html = html_module.unescape(page(client.get(reverse("host", args=[host.pk]))))
+    revoke = re.search(r'<pre id="revoke"[^>]*><code>(.*?)</code>', html, re.DOTALL)
+    assert revoke is not None
+    in_the_home(sshd, revoke[1])
+    call(host.pk, "keeper.close")
+    with pytest.raises(HostProblem) as refused:
+        call(host.pk, "keeper.connect")
+    assert refused.value.kind == Host.Problem.LOGIN_REFUSED
+
+
+def in_the_home(sshd: Sshd, command: str) -> None:
+    """What a person runs in the shell there."""
+    login = sshd.login
+    as_them: dict[str, Any] = {"user": login.uid, "group": login.gid, "extra_groups": []} if AS_ROOT else {}
+    subprocess.run(
+        ["bash", "-c", command],
+        check=True,
+        cwd=login.home,
+        env={"HOME": str(login.home), "PATH": "/usr/bin:/bin"},
+        **as_them,
+    )
+
+
+def test_a_change_of_address_ends_the_connection(client: Client, sshd: Sshd, added: Host) -> None:
+    host = seen_and_confirmed(client, added)
+    sshd.authorize(host)
+    call(host.pk, "keeper.connect")
+    eventually(sshd.connections, what="for the connection")
+    given = {"name": "gpu9", "address": "localhost", "port": str(sshd.port), "username": sshd.login.name}
+    answer = client.post(reverse("host_edit", args=[host.pk]), given)
+    assert answer["Location"] == reverse("host_confirm", args=[host.pk])
+    eventually(lambda: not sshd.connections(), what="for its end")
+    with pytest.raises(HostProblem):
+        call(host.pk, "keeper.connect")
+    assert seen_and_confirmed(client, host).host_key == sshd.host_key
+    call(host.pk, "keeper.connect")
