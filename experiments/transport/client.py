@@ -45,12 +45,12 @@ def call(host: int, op: str, payload: bytes = b"", *, timeout: float = 60, **arg
     except HostProblem:
         raise
     except TimeoutError:
-        _hang_up()
+        hang_up()
         raise HostProblem(
             Host.Problem.UNREACHABLE, "The site's collector does not answer; it is tried again."
         ) from None
     except (OSError, wire.WireError):
-        _hang_up()
+        hang_up()
         raise HostProblem(
             Host.Problem.UNREACHABLE, "The site's collector ended before it had an answer; it is tried again."
         ) from None
@@ -73,7 +73,7 @@ def _exchange(message: bytes, patience: float) -> tuple[dict[str, Any], bytes]:
             if not reused:
                 raise
         # The keeper was started anew since this thread last spoke to it. Whatever was asked may be asked twice.
-        _hang_up()
+        hang_up()
     raise ConnectionResetError
 
 
@@ -99,7 +99,8 @@ def _connected() -> tuple[socket.socket, BinaryIO]:
     return _line.connection, _line.reader
 
 
-def _hang_up() -> None:
+def hang_up() -> None:
+    """Give this thread's connection up."""
     with contextlib.suppress(OSError):
         if _line.reader is not None:
             _line.reader.close()

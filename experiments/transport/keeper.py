@@ -39,6 +39,7 @@ from django.db import Error as DatabaseError
 from django.db import connections
 from django.utils import timezone
 
+from accounts.ring import KeyRingError
 from experiments import credentials
 from experiments.models import Host
 from experiments.transport import link, package
@@ -123,6 +124,7 @@ class Keeper:
             await asyncio.gather(sweeper, *self._tasks, return_exceptions=True)
             await asyncio.gather(*(line.close() for line in self._lines.values()), return_exceptions=True)
             self._writer.shutdown()
+            await asyncio.sleep(0.05)  # what was closed is gone after another turn of the loop
             path.unlink(missing_ok=True)
 
     async def _sweep(self) -> None:
@@ -443,9 +445,9 @@ class _Line:
         """Forget a connection that has ended."""
         try:
             await session.closed()
-        finally:
             if self._session is session:
                 self._session, self._lost = None, timezone.now()
+        finally:
             await ways.aclose()
 
     # What is noted of it
@@ -536,7 +538,7 @@ def _key(host: Host) -> asyncssh.SSHKey:
     """The row's private key, opened. No exception from here holds anything of it."""
     try:
         return asyncssh.import_private_key(host.private_key.reveal(host), host.passphrase.reveal(host) or None)
-    except (credentials.Tampered, credentials.KeyRingError) as error:
+    except (credentials.Tampered, KeyRingError) as error:
         why = f"The stored key of {host.name} cannot be opened: {error}."
     except Exception as error:
         why = f"The stored key of {host.name} is no key that can be used ({type(error).__name__}). Store it once more."

@@ -593,7 +593,10 @@ def _after(before: str, script: str) -> str:
 
     They neither read what is meant for the script nor print into its answer, and leave no `set -e` behind.
     """
-    inner = f"eval {_encoded(before)}; set +eu; exec 0<&3 1>&4 3<&- 4>&-; eval {_encoded(script)}"
+    inner = (  # decoded beforehand: the lines may leave another PATH
+        f"kangaroo_before={_encoded(before)}; kangaroo_script={_encoded(script)}; "
+        'eval "$kangaroo_before"; set +eu; exec 0<&3 1>&4 3<&- 4>&-; eval "$kangaroo_script"'
+    )
     return (
         "exec 3<&0 4>&1 </dev/null >&2\n"
         f"if command -v bash >/dev/null; then exec bash -lc {shlex.quote(inner)}; fi\n"
@@ -612,7 +615,7 @@ def _start_script(place: Place, digest: str, size: int) -> str:
         f"for p in {pythons}; do\n"
         '  command -v "$p" >/dev/null 2>&1 || continue\n'
         """  "$p" -c 'import sys; sys.exit(sys.version_info < (3, 9))' </dev/null >&2 || continue\n"""
-        f'  exec "$p" -c {_encoded(inspect.getsource(bootstrap))} {arguments}\n'
+        f'  exec "$p" -c {shlex.quote(inspect.getsource(bootstrap))} {arguments}\n'
         "done\n"
         """echo '{"error": {"type": "NoPython"}}'\n"""
     )

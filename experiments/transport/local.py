@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import threading
 from collections.abc import Iterator
 from typing import Any, BinaryIO, cast
 from uuid import UUID
@@ -41,7 +42,7 @@ class Local:
         run.directory.mkdir(parents=True, exist_ok=True)
         spec = run.directory / "spec.json"
         if not spec.exists():
-            written = spec.with_name(f".spec.json.{os.getpid()}")
+            written = spec.with_name(f".spec.json.{os.getpid()}.{threading.get_ident()}")
             written.write_text(run.experiment.spec.to_json())
             written.replace(spec)
         return cast(Outcome, agent.start(run.directory, run.attempt, env=self.environment() | _gpus(run)))

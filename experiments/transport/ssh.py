@@ -37,6 +37,8 @@ CHUNK = 1 << 20
 #: Seconds that the host holds a request for events open until there are some.
 WAIT = 1.0
 _MOST_FILES = 10_000
+#: What of a checkpoint is large, and nothing that its tokenizer needs.
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf"}
 
 #: Told the bytes that have been sent and those there are to send, of one file or folder.
 Progress = Callable[[int, int], None]
@@ -120,7 +122,7 @@ class Ssh:
         path = _inside(run, name)
         try:
             return call(self.host.pk, "read", path=path, offset=offset, limit=min(limit, CHUNK))[1]
-        except (PermissionError, IsADirectoryError):  # it leads outside
+        except (PermissionError, NotADirectoryError):  # it leads outside, or nowhere
             raise FileNotFoundError(errno.ENOENT, "there is no such file", name) from None
 
     def files(self, run: ModelRun, folder: str) -> list[File]:
@@ -171,15 +173,16 @@ class Ssh:
     def _send_what_it_needs(self, run: ModelRun, progress: Progress | None) -> ExperimentSpec:
         """Put the run's files on the host; the spec as it is to be read there."""
         spec = run.experiment.spec
-        data, model = spec.data, spec.models[run.name]
+        data, models = spec.data, dict(spec.models)
         if data.kind == "local":
             data = data.model_copy(update={"source": self._shared(data.source, progress)})
         if isinstance(data.tokenizer, PretrainedTokenizer) and is_path(data.tokenizer.name):
-            tokenizer = data.tokenizer.model_copy(update={"name": self._shared(data.tokenizer.name, progress)})
-            data = data.model_copy(update={"tokenizer": tokenizer})
-        if isinstance(model.init, CheckpointInit) and is_path(model.init.path):
-            init = model.init.model_copy(update={"path": self._shared(model.init.path, progress)})
-            model = model.model_copy(update={"init": init})
+            name = self._shared(data.tokenizer.name, progress, weights=False)
+            data = data.model_copy(update={"tokenizer": data.tokenizer.model_copy(update={"name": name})})
+        for name, model in spec.models.items():
+            if isinstance(model.init, CheckpointInit) and is_path(model.init.path):
+                path = self._shared(model.init.path, progress, weights=name == run.name)
+                models[name] = model.model_copy(update={"init": model.init.model_copy(update={"path": path})})
         if run.parent is not None and run.parent.host_id != run.host_id:
             grown_from = run.parent.directory / "model"
             if not grown_from.is_dir():
@@ -187,17 +190,18 @@ class Ssh:
             there = f"experiments/{run.experiment_id}/{run.parent.name}/model"
             for name, path in _files_below(grown_from):
                 self.send(path, f"{there}/{name}", progress)
-        return spec.model_copy(update={"data": data, "models": {**spec.models, run.name: model}})
+        return spec.model_copy(update={"data": data, "models": models})
 
-    def _shared(self, name: str, progress: Progress | None) -> str:
-        """Send a file or folder of ours to the host's `files`; its path there."""
+    def _shared(self, name: str, progress: Progress | None, *, weights: bool = True) -> str:
+        """Send a file or folder of ours to the host's `files`, perhaps without weights; its path there."""
         source = Path(name).expanduser().resolve(strict=True)
         files = _files_below(source) if source.is_dir() else [("", source)]
         digests = [(inside, _digest(path)) for inside, path in files]
         digest = digests[0][1] if source.is_file() else hashlib.sha256(repr(digests).encode()).hexdigest()
         there = f"files/{digest}/{source.name}"
         for inside, path in files:
-            self.send(path, f"{there}/{inside}" if inside else there, progress)
+            if weights or path.suffix not in _WEIGHTS:
+                self.send(path, f"{there}/{inside}" if inside else there, progress)
         return f"{self.root}/{there}"
 
     def send(self, path: Path, to: str, progress: Progress | None = None) -> None:
