@@ -129,6 +129,10 @@ class Relay:
     def task(self, name: str) -> Answer:
         return agent.status(self._task(name)), b""
 
+    def end(self, name: str) -> Answer:
+        """Stop a task, in a few seconds by force."""
+        return {"gone": agent.stop(self._task(name), 5.0)}, b""
+
     # Files
 
     def read(self, path: str, offset: int, limit: int) -> Answer:

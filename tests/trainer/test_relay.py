@@ -301,6 +301,13 @@ def test_a_task_is_run_and_watched_as_a_trainer_is(relay: Client, root: Path) ->
         relay("begin", name="set-up", command=[], attempt=2)
 
 
+def test_a_task_can_be_ended(relay: Client) -> None:
+    asked = {"name": "set-up", "command": ["python", "-c", "import time; time.sleep(3600)"], "attempt": 1}
+    relay("begin", **asked)
+    eventually(lambda: relay("end", name="set-up")[0]["gone"])
+    assert relay("task", name="set-up")[0]["exit"]["signal"] == signal.SIGTERM
+
+
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
@@ -493,7 +500,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     yield disk
     for process in disk.glob("experiments/*/*/process.json"):
         agent.stop(process.parent, 0, wait=True)
-    subprocess.run(["umount", str(disk)], check=True)
+    # A supervisor that has told how its trainer ended needs another moment to end itself.
+    eventually(lambda: subprocess.run(["umount", str(disk)], capture_output=True).returncode == 0)
 
 
 def fill(disk: Path) -> None:
