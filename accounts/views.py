@@ -1,5 +1,4 @@
-"""The account page: who you are here, and how to leave. Everything about passwords, e-mail, second
-factors and sessions is allauth's."""
+"""The account page: who you are here, and how to leave. The rest is allauth's."""
 
 from __future__ import annotations
 
@@ -7,9 +6,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from allauth.account.decorators import reauthentication_required
 from allauth.core import ratelimit
-from allauth.core.exceptions import ReauthenticationRequired
 from allauth.usersessions.models import UserSession
 from django.contrib import messages
 from django.contrib.auth import logout
@@ -56,27 +53,6 @@ def guest_as_stranger(view: Callable[..., HttpResponseBase]) -> Callable[..., Ht
         return view(request, *args, **kwargs)
 
     return wrapper
-
-
-def confirmed(view: Callable[..., HttpResponseBase]) -> Callable[..., HttpResponseBase]:
-    """Members only, and only once they have said anew that it is them.
-
-    allauth's decorator keeps what was sent meanwhile, in the session and in the clear. Here it is not kept, since it
-    may hold a secret: whoever took too long over the form is shown it again, empty.
-    """
-    guarded = reauthentication_required(view)
-
-    @wraps(view)
-    def wrapper(request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponseBase:
-        try:
-            return guarded(request, *args, **kwargs)  # type: ignore[no-any-return]
-        except ReauthenticationRequired:
-            if request.method in ("GET", "HEAD"):
-                raise  # the way there and back is allauth's
-            messages.info(request, "Too long ago that you said who you are. Nothing was kept: please fill it in again.")
-            return redirect(request.get_full_path())
-
-    return login_required(members_only(wrapper))
 
 
 @login_required

@@ -8,15 +8,13 @@ from datetime import timedelta
 import pytest
 from allauth.usersessions.models import UserSession
 from django.contrib.sessions.models import Session
-from django.http import HttpRequest, HttpResponse
-from django.test import Client, RequestFactory
+from django.test import Client
 from django.utils import timezone
 
 from accounts import guests
 from accounts.middleware import SEEN
 from accounts.models import User
 from accounts.templatetags.sessions import browser
-from accounts.views import confirmed
 from tests.accounts.conftest import PASSWORD
 
 Who = Callable[[Client], int | None]
@@ -133,31 +131,3 @@ def test_a_session_deleted_in_the_admin_is_signed_out(admin_client: Client, here
 )
 def test_a_browser_is_called_what_a_person_calls_it(agent: str, name: str) -> None:
     assert browser(agent) == name
-
-
-# What asks again who somebody is, elsewhere on the site ---------------------------------------------------------------
-
-
-@confirmed
-def takes_a_secret(request: HttpRequest) -> HttpResponse:
-    return HttpResponse(f"took {request.POST.get('secret')}")
-
-
-def test_what_was_sent_too_late_is_not_kept_in_the_session(here: Client, rf: RequestFactory, ada: User) -> None:
-    from allauth.core.exceptions import ReauthenticationRequired
-    from django.contrib.messages.storage.fallback import FallbackStorage
-
-    def request(method: str) -> HttpRequest:
-        made = getattr(rf, method)("/somewhere/?a=b", {"secret": "hunter2"} if method == "post" else None)
-        made.user, made.session = ada, here.session
-        made._messages = FallbackStorage(made)
-        return made
-
-    with pytest.raises(ReauthenticationRequired):
-        takes_a_secret(request("get"))
-    late = request("post")
-    response = takes_a_secret(late)
-    assert response.headers["Location"] == "/somewhere/?a=b"
-    assert "hunter2" not in repr(dict(late.session.items()))
-    here.post("/accounts/reauthenticate/", {"password": PASSWORD, "next": "/"})
-    assert takes_a_secret(request("post")).content == b"took hunter2"

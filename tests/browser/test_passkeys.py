@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from playwright.sync_api import BrowserContext, CDPSession, Page, expect
+from playwright.sync_api import Browser, BrowserContext, CDPSession, Page, expect
 
 from tests.browser.conftest import Site
 from tests.browser.test_main_job import PASSWORD, sign_up
@@ -135,8 +135,15 @@ def test_a_found_device_does_not_open_the_account(page: Page, device: Authentica
     expect(page.get_by_role("link", name="Sign in")).to_be_visible()
 
 
-def test_at_an_ip_address_the_page_says_where_passkeys_work(context: BrowserContext, site: Site) -> None:
+def test_at_an_ip_address_the_page_says_where_passkeys_work(browser: Browser, site: Site) -> None:
+    context = browser.new_context(base_url=f"http://127.0.0.1:{site.port}")
     page = context.new_page()
-    page.goto(f"http://127.0.0.1:{site.port}/accounts/login/")
+    page.goto("/accounts/login/")
     expect(page.get_by_role("button", name="Sign in", exact=True)).to_be_visible()
     expect(page.get_by_role("button", name="Sign in with a passkey")).to_be_hidden()
+    sign_up(page)
+    page.goto("/accounts/second-factor/passkeys/add/")
+    say_who(page)
+    expect(page.get_by_text(f"Open the site as http://localhost:{site.port}/ instead.")).to_be_visible()
+    expect(page.get_by_role("button", name="Add the passkey")).to_be_hidden()
+    context.close()
