@@ -81,6 +81,7 @@ class Collector:
             self._do("transfer", pk, lambda pk=pk: self._transfer(pk))
         for pk in Removal.objects.values_list("pk", flat=True):
             self._do("removal", pk, lambda pk=pk: self._remove(pk))
+        self._do("retired", None, clear_retired)
         busy = Host.objects.filter(runs__state__in=ACTIVE).exclude(kind=Host.Kind.WORKER).distinct()
         for pk in busy.values_list("pk", flat=True):
             if time.monotonic() - self._read_at.get(pk, -READ_EVERY) >= READ_EVERY:
@@ -136,6 +137,8 @@ class Collector:
             return None
         except OSError as error:
             mirror.settle(transfer, error=str(error))
+        finally:
+            mirror.clear_up(transfer.run)
         for child in transfer.run.children.select_related("host"):
             ring_line(child.host)
         return None
@@ -156,15 +159,4 @@ class Collector:
         if host is not None:
             readings = for_host(host).readings()
             Host.objects.filter(pk=pk).update(readings=readings, readings_at=timezone.now())
-
-
-def clear_retired() -> None:
-    """Hosts whose owner has gone: once nothing is left to do there, what opened them is erased, or all of them."""
-    gone = Host.objects.filter(kind=Host.Kind.SSH).exclude(retired_at=None).filter(removals=None)
-    for host in gone.exclude(runs__state__in=ACTIVE):
-        if host.runs.exists() or host.experiments.exists():
-            if host.credential:
-                host.private_key = host.passphrase = host.credential = ""
-                host.save(update_fields=["private_key", "passphrase", "credential"])
-        elif not host.reached_through_it.exists():
-            host.delete()
+    return 5.0

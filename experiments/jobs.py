@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 GRACE = 60.0
 #: A running run whose follower has not shown itself for so many seconds has none.
 STALE = 20.0
+#: How long it is tried to clear up on a host that was given up.
+REMOVAL_PATIENCE = timedelta(days=7)
 #: Seconds between two attempts to reach a host that does not answer, at most.
 LONGEST_PAUSE = 10.0
 
@@ -273,6 +275,8 @@ def _collect(run_id: int, attempt: int, detached: Callable[[], bool]) -> bool:
             return _attend(run, detached)
         except HostProblem as problem:
             log.info("run %s on %s: %s", run.pk, run.host, problem.message)
+        finally:
+            mirror.clear_up(run)
         if time.monotonic() - began > LONGEST_PAUSE:
             pause = 0.5  # it had been reached
         if _waited(pause, detached):
@@ -490,12 +494,30 @@ def reconcile() -> None:
     for host in Host.objects.filter(runs__state=State.QUEUED).distinct():
         ring_line(host)
     _sweep()
+    if cache.add("retired-hosts-forgotten", True, 60):
+        _forget_retired()
     if cache.add("guests-purged", True, 24 * 3600):
         from accounts import guests
         from experiments import textcache
 
         guests.purge()
         textcache.sweep()
+
+
+def _forget_retired() -> None:
+    """Hosts that were given up, by hand or with their owner's account: once nothing is left to do there, what opened
+    them is erased, and the row too where no experiment speaks of it."""
+    retired = Host.objects.filter(kind=Host.Kind.SSH).exclude(retired_at=None)
+    for host in retired.exclude(runs__state__in=ACTIVE):
+        in_vain = timezone.now() - REMOVAL_PATIENCE
+        host.removals.filter(Q(created__lt=in_vain) | Q(host__credential="")).delete()
+        if host.removals.exists():
+            continue
+        if host.credential:
+            host.private_key = host.passphrase = host.credential = ""
+            host.save(update_fields=["private_key", "passphrase", "credential"])
+        if not (host.runs.exists() or host.experiments.exists() or host.reached_through_it.exists()):
+            host.delete()
 
 
 def _active(state: State) -> Any:
