@@ -169,7 +169,8 @@ def _experiment_page(
     request: HttpRequest, experiment: Experiment, form: _NameForm | None = None, status: int = 200
 ) -> HttpResponse:
     (standing,) = standings([experiment])
-    standing.transfers = list(Transfer.objects.filter(run__experiment=experiment))
+    if any(each.run.host.is_remote for each in standing.runs):
+        standing.transfers = list(Transfer.objects.filter(run__experiment=experiment))
     seen = polls.seen(request)
     if seen.get("all") == standing.version:
         return polls.answer([], settled=not standing.is_live)
