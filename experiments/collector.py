@@ -81,7 +81,6 @@ class Collector:
             self._do("transfer", pk, lambda pk=pk: self._transfer(pk))
         for pk in Removal.objects.values_list("pk", flat=True):
             self._do("removal", pk, lambda pk=pk: self._remove(pk))
-        self._do("retired", None, clear_retired)
         busy = Host.objects.filter(runs__state__in=ACTIVE).exclude(kind=Host.Kind.WORKER).distinct()
         for pk in busy.values_list("pk", flat=True):
             if time.monotonic() - self._read_at.get(pk, -READ_EVERY) >= READ_EVERY:
@@ -159,4 +158,3 @@ class Collector:
         if host is not None:
             readings = for_host(host).readings()
             Host.objects.filter(pk=pk).update(readings=readings, readings_at=timezone.now())
-    return 5.0

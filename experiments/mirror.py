@@ -16,10 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from django.conf import settings
+from django.db import transaction
 from django.utils import timezone
 
-from experiments.models import ModelRun, Transfer
-from experiments.transport import Transport
+from experiments.models import Experiment, Host, ModelRun, Transfer
+from experiments.transport import Transport, for_host
 
 #: Bytes asked for at once.
 CHUNK = 1 << 20
@@ -54,6 +55,12 @@ def keep_log(run: ModelRun, transport: Transport) -> None:
             held += len(data)
 
 
+def clear_up(run: ModelRun) -> None:
+    """Remove what was still written here of an experiment that was deleted meanwhile."""
+    if not Experiment.objects.filter(pk=run.experiment_id).exists():
+        for_host(Host.local()).remove(run.experiment_id)
+
+
 def forget(run: ModelRun) -> None:
     """Our copies, where the host's folder is gone and the run begins anew."""
     shutil.rmtree(run.directory, ignore_errors=True)
@@ -64,7 +71,9 @@ def want_model(run: ModelRun, transport: Transport) -> None:
     size = sum(file.size for file in transport.files(run, "model"))
     needed = run.children.exclude(host=run.host_id).exists()
     if size and (needed or size <= settings.FETCH_MODELS_GB * 1e9):
-        Transfer.objects.get_or_create(run=run, name="model", defaults={"bytes_total": size})
+        with transaction.atomic():
+            ModelRun.objects.select_for_update().get(pk=run.pk)  # not for one that was deleted meanwhile
+            Transfer.objects.get_or_create(run=run, name="model", defaults={"bytes_total": size})
 
 
 def folder_of(name: str) -> str:
