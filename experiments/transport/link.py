@@ -161,6 +161,7 @@ async def _connected(
     else:
         options["sock"] = await _socket(place)
         seconds = LOGIN_TIMEOUT
+    # The kind of the confirmed key first, then the others: a host that has another kind alone has changed.
     first = place.host_key.partition(" ")[0]
     algorithms = [name for kind in sorted(_ALGORITHMS, key=lambda kind: kind != first) for name in _ALGORITHMS[kind]]
     return await asyncssh.connect(
@@ -356,7 +357,7 @@ class Session:
             process: asyncssh.SSHClientProcess[bytes] = await self.connection.create_process(_COMMAND, encoding=None)
         except (asyncssh.Error, OSError) as error:
             raise self._lost(error) from None
-        shell = _Shell(self.place, process)
+        shell = _Shell(self.place, self.connection, process)
         try:
             async with asyncio.timeout(SHELL_TIMEOUT):
                 await shell.sentinel()
@@ -387,8 +388,14 @@ class Session:
 class _Shell:
     """A process on the host, from its first line of output on."""
 
-    def __init__(self, place: Place, process: asyncssh.SSHClientProcess[bytes]) -> None:
+    def __init__(
+        self,
+        place: Place,
+        connection: asyncssh.SSHClientConnection,
+        process: asyncssh.SSHClientProcess[bytes],
+    ) -> None:
         self.place = place
+        self.connection = connection
         self.process = process
         self.output = _Pipe(process.stdout)
         self.errors = _Errors(process.stderr)
@@ -426,7 +433,7 @@ class _Shell:
         with contextlib.suppress(TimeoutError, asyncssh.Error):  # what it has to say may still be on its way
             async with asyncio.timeout(1):
                 await self.errors.end()
-        if self.process.channel.get_connection().is_closed():
+        if self.connection.is_closed():
             return HostProblem(Host.Problem.UNREACHABLE, f"The connection to {self.place} broke; it is made anew.")
         words = cut(f"{printed.decode('utf-8', 'replace')} {self.errors.text}")
         hint = "Check the user's shell and its start-up files"
@@ -572,7 +579,7 @@ class Relay:
             if answer is not None and not answer.done():
                 answer.set_result((header, payload))
         await asyncio.sleep(0.1)  # for the rest of its complaint, or the news that the connection is gone
-        if self._shell.process.channel.get_connection().is_closed():
+        if self._shell.connection.is_closed():
             return HostProblem(Host.Problem.UNREACHABLE, f"The connection to {self.place} broke.")
         last = cut(self._shell.errors.text.strip().rpartition("\n")[2])
         return HostProblem(

@@ -188,8 +188,8 @@ class Ssh:
             if not grown_from.is_dir():
                 raise FileNotFoundError(errno.ENOENT, f"{run.parent.name} has no finished model here yet")
             there = f"experiments/{run.experiment_id}/{run.parent.name}/model"
-            for name, path in _files_below(grown_from):
-                self.send(path, f"{there}/{name}", progress)
+            for inside, file in _files_below(grown_from):
+                self.send(file, f"{there}/{inside}", progress)
         return spec.model_copy(update={"data": data, "models": models})
 
     def _shared(self, name: str, progress: Progress | None, *, weights: bool = True) -> str:
