@@ -17,6 +17,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from django.db import Error as DatabaseError
@@ -69,23 +70,21 @@ class Collector:
 
     def _look(self) -> None:
         running = ModelRun.objects.filter(state=State.RUNNING, host__kind=Host.Kind.SSH)
-        for pk, attempt in running.values_list("pk", "attempt"):
-            self._do("run", (pk, attempt), lambda pk=pk, attempt=attempt: self._follow(pk, attempt))
-        for pk in HostTask.objects.filter(state__in=[HostTask.State.WANTED, HostTask.State.RUNNING]).values_list(
-            "pk", flat=True
-        ):
-            self._do("task", pk, lambda pk=pk: self._task(pk))
-        for pk in Transfer.objects.filter(state__in=[Transfer.State.WANTED, Transfer.State.RUNNING]).values_list(
-            "pk", flat=True
-        ):
-            self._do("transfer", pk, lambda pk=pk: self._transfer(pk))
+        for key in running.values_list("pk", "attempt"):
+            self._do("run", key, partial(self._follow, *key))
+        tasks = HostTask.objects.filter(state__in=[HostTask.State.WANTED, HostTask.State.RUNNING])
+        for pk in tasks.values_list("pk", flat=True):
+            self._do("task", pk, partial(self._task, pk))
+        transfers = Transfer.objects.filter(state__in=[Transfer.State.WANTED, Transfer.State.RUNNING])
+        for pk in transfers.values_list("pk", flat=True):
+            self._do("transfer", pk, partial(self._transfer, pk))
         for pk in Removal.objects.values_list("pk", flat=True):
-            self._do("removal", pk, lambda pk=pk: self._remove(pk))
+            self._do("removal", pk, partial(self._remove, pk))
         busy = Host.objects.filter(runs__state__in=ACTIVE).exclude(kind=Host.Kind.WORKER).distinct()
         for pk in busy.values_list("pk", flat=True):
             if time.monotonic() - self._read_at.get(pk, -READ_EVERY) >= READ_EVERY:
                 self._read_at[pk] = time.monotonic()
-                self._do("readings", pk, lambda pk=pk: self._read(pk))
+                self._do("readings", pk, partial(self._read, pk))
 
     def _do(self, what: str, key: Any, work: Callable[[], float | None]) -> None:
         """Do `work` in a thread, unless it is being done. It returns in how many seconds it may be tried again."""
@@ -147,6 +146,8 @@ class Collector:
         if removal is not None:
             try:
                 for_host(removal.host).remove(removal.experiment_id)
+            except HostProblem:
+                return 3.0
             except OSError as error:
                 log.info("experiment %s on %s is not removed yet: %s", removal.experiment_id, removal.host, error)
                 return 30.0

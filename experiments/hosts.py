@@ -105,6 +105,9 @@ class _Steps:
         self.current = next(step for step in self.steps if step["key"] == key)
         self._write("running", "")
 
+    def say(self, text: str) -> None:
+        self._write("running", text)
+
     def done(self, text: str) -> None:
         self._write("done", text)
 
@@ -159,7 +162,7 @@ def _probe(host: Host, steps: _Steps) -> None:
 
     steps.begin("torch")
     before = time.time()
-    facts, _ = call(host.pk, "facts", timeout=180)
+    facts, _ = call(host.pk, "facts", timeout=300)
     missing = _missing(host, hello["executable"])
     python = "" if missing else str(hello["executable"])
     Host.objects.filter(pk=host.pk).update(facts=facts, probed_at=timezone.now(), env_python=python)
@@ -238,7 +241,8 @@ def _say_gpus(facts: dict[str, Any], steps: _Steps) -> None:
             steps.done("No GPU: it trains on its cores.")
         return
     names = "; ".join(
-        f"{gpu['index']}: {gpu['name']}, {gpu['memory_bytes'] / 1e9:.0f} GB, {gpu['memory_used_bytes'] / 1e9:.0f} in use"
+        f"{gpu['index']}: {gpu['name']}, {gpu['memory_bytes'] / 1e9:.0f} GB "
+        f"({gpu['memory_used_bytes'] / 1e9:.0f} in use)"
         for gpu in gpus
     )
     text = f"{names}. Driver {facts.get('driver') or '?'}."
@@ -272,16 +276,18 @@ def _set_up(task: HostTask, steps: _Steps, leaving: Callable[[], bool]) -> bool:
         held = 0  # we come back to it
     task.log = ""
     while True:
-        status, _ = call(host.pk, "task", name="set-up")
-        while True:
-            _, data = call(host.pk, "read", path="tasks/set-up/log.txt", offset=held, limit=65_536)
-            if not data:
+        try:
+            status, _ = call(host.pk, "task", name="set-up")
+            while data := call(host.pk, "read", path="tasks/set-up/log.txt", offset=held, limit=65_536)[1]:
+                held += len(data)
+                task.log = (task.log + data.decode("utf-8", "replace").replace("\0", "�"))[-MOST_LOG:]
+                HostTask.objects.filter(pk=task.pk).update(log=task.log)
+            if not status["alive"]:
                 break
-            held += len(data)
-            task.log = (task.log + data.decode("utf-8", "replace").replace("\0", "�"))[-MOST_LOG:]
-            HostTask.objects.filter(pk=task.pk).update(log=task.log)
-        if not status["alive"]:
-            break
+        except HostProblem as problem:
+            if problem.kind != Host.Problem.UNREACHABLE:
+                raise
+            steps.say(f"{problem.message} It goes on there meanwhile; still trying.")
         if HostTask.objects.filter(pk=task.pk, cancel_requested=True).exists():
             call(host.pk, "end", name="set-up")
             raise _Cancelled
@@ -291,12 +297,18 @@ def _set_up(task: HostTask, steps: _Steps, leaving: Callable[[], bool]) -> bool:
     made = next((line for line in reversed(task.log.splitlines()) if line.startswith(ENVIRONMENT)), "")
     if (status["exit"] or {}).get("code") != 0 or not made:
         last = next((line for line in reversed(task.log.splitlines()) if line.strip()), "it said nothing")
-        steps.fail(
-            f"The environment could not be made: {last}", "The log below says more. Set it up again: it goes on."
-        )
+        steps.fail(last, "The log below says more. Set it up again once that is mended: it goes on where it was.")
     found = json.loads(made.removeprefix(ENVIRONMENT))
-    Host.objects.filter(pk=host.pk).update(env_python=_cut(str(found["python"]), 300))
-    steps.done(f"{found['python']}: torch {found.get('torch', '?')}, transformers {found.get('transformers', '?')}.")
+    versions = found.get("versions") or {}
+    Host.objects.filter(pk=host.pk).update(env_python=_cut(str(found["executable"]), 300))
+    text = (
+        f"{found['executable']}: torch {versions.get('torch', '?')}, transformers {versions.get('transformers', '?')}."
+    )
+    if found.get("warning"):
+        steps.warn(text, _cut(str(found["warning"])))
+    else:
+        steps.done(text)
+    call(host.pk, "keeper.close")  # from here on by that interpreter
     host.refresh_from_db()
     return True
 

@@ -255,7 +255,7 @@ def _while_the_database_is_away(work: Callable[[], bool], run_id: int) -> bool:
 def _row(run_id: int, attempt: int) -> ModelRun | None:
     """None: deleted, or resumed under another number."""
     found = ModelRun.objects.select_related("experiment__owner", "host", "parent__host")
-    return found.filter(pk=run_id, attempt=attempt).first()  # type: ignore[no-any-return]
+    return found.filter(pk=run_id, attempt=attempt).first()
 
 
 def _follow(run_id: int, attempt: int, detached: Callable[[], bool]) -> bool:
@@ -473,7 +473,12 @@ def _settle(run: ModelRun, state: State, reason: Reason, *, detail: str = "") ->
         for child in run.children.select_related("host").filter(state=State.QUEUED):
             _settle(child, State.CANCELLED, Reason.PARENT_ENDED, detail=_parent_ended(run))
     hosts = {run.host, *(child.host for child in run.children.select_related("host"))}
-    transaction.on_commit(lambda: [ring_line(host) for host in hosts] and None)
+
+    def ring() -> None:
+        for host in hosts:
+            ring_line(host)
+
+    transaction.on_commit(ring)
     return True
 
 

@@ -40,9 +40,10 @@ FOLLOW = "experiments.worker.follow"
 def ready() -> Q:
     """Queued runs that only wait for a place: what they grow from is done, and where they can reach it."""
     came_over = Transfer.objects.filter(run=OuterRef("parent"), name="model", state=Transfer.State.DONE)
-    at_hand = Q(parent__host=F("host")) | ~Q(parent__host__kind=Host.Kind.SSH) | Exists(came_over)
+    at_hand = Q(parent__host=F("host")) | ~Q(parent__host__kind=Host.Kind.SSH) | Q(Exists(came_over))
     grown = Q(parent__state=State.SUCCEEDED) & at_hand
-    return Q(state=State.QUEUED, stop_requested=False) & (Q(parent=None) | grown)
+    waiting = Q(state=State.QUEUED, stop_requested=False)
+    return waiting & (Q(parent=None) | grown)
 
 
 def waits_for_parent(run: ModelRun) -> bool:

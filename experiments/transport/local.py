@@ -92,7 +92,10 @@ class Local:
 
     def digest(self, run: ModelRun, name: str) -> str:
         with self.open_file(run, name) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            sha = hashlib.sha256()
+            while data := file.read(1 << 20):
+                sha.update(data)
+            return sha.hexdigest()
 
     def disk_bytes(self, run: ModelRun) -> int:
         return agent.disk_bytes(run.directory)

@@ -12,7 +12,7 @@ from django.db import connection
 from django.test import Client
 
 from accounts.models import User
-from experiments import jobs
+from experiments import line
 from experiments.models import Experiment, ModelRun, Point, State
 from tests.experiments.factories import add_note, make_experiment, make_user
 
@@ -194,7 +194,7 @@ def test_a_deletion_waits_for_the_broker_only_after_its_transaction(
     root: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inside: list[bool] = []
-    monkeypatch.setattr(jobs, "_forget", lambda run: inside.append(connection.in_atomic_block))
+    monkeypatch.setattr(line, "forget", lambda run: inside.append(connection.in_atomic_block))
     experiment = make_experiment(make_user(), points=0)
     root.post(f"/admin/experiments/experiment/{experiment.pk}/delete/", {"post": "yes"})
     assert inside == [False] * 3
