@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from django.conf import settings
+from django.templatetags.static import static
 from django.urls import reverse
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
@@ -23,6 +24,7 @@ PAGES: dict[str, str] = {
     "fields": "What each field of the Train page and of a spec means, and which values make sense.",
     "figures": "What each figure means, how it is computed, and what makes a comparison fair.",
     "growth": "The growth operators: what each does to the weights, and when it keeps the function.",
+    "hosts": "Training on machines of your own: adding one, what is done there, how it is kept safe, how to lock it.",
     "families": "The architectures that can be grown, and how to add one.",
     "operating": "Running a site: settings, PostgreSQL, Redis, more workers, what survives a crash.",
 }
@@ -80,6 +82,8 @@ def _fit_in(tokens: list[Token]) -> None:
         for child in token.children or []:
             if child.type == "link_open":
                 child.attrSet("href", _address(str(child.attrGet("href"))))
+            if child.type == "image":  # docs/img, which is among the static files
+                child.attrSet("src", static(str(child.attrGet("src")).replace("img/", "docs/", 1)))
 
 
 def _address(href: str) -> str:

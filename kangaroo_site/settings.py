@@ -242,7 +242,7 @@ STATIC_ROOT = VAR / "static"
 #: What npm brings is part of the checkout's set-up, wherever KANGAROO_VAR is.
 VENDOR_DIR = BASE_DIR / "var" / "vendor"
 VENDOR_DIR.mkdir(parents=True, exist_ok=True)
-STATICFILES_DIRS = [BASE_DIR / "static", VENDOR_DIR]
+STATICFILES_DIRS = [BASE_DIR / "static", VENDOR_DIR, ("docs", BASE_DIR / "docs" / "img")]
 STORAGES = {
     "default": {"BACKEND": "django.core.files.storage.FileSystemStorage"},
     "staticfiles": {

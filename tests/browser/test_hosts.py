@@ -42,6 +42,12 @@ def add(page: Page, sshd: Sshd, name: str) -> None:
     page.fill("[name=before]", "export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1")
     page.get_by_role("button", name="Go on").click()
     expect(page.get_by_role("heading", level=1)).to_have_text(f"Is {name} the right machine?")
+    for _ in range(20):  # the collector of a site that has just been started may not be there yet
+        if page.locator("#seen").count():
+            break
+        page.wait_for_timeout(3_000)
+        page.get_by_role("button", name="Ask again").click()
+    expect(page.locator("#seen")).to_have_text(re.compile("^SHA256:"))
 
 
 def in_the_shell(sshd: Sshd, command: str) -> None:
