@@ -494,10 +494,11 @@ def _kill_strays(directory: Path) -> None:
 def remove(experiment: str | Path) -> None:
     """Kill what still trains in an experiment's directory, and delete it; cut short, it can be taken up again."""
     experiment = Path(experiment)
-    if not experiment.exists():
+    try:
+        (experiment / _REMOVED).touch()
+        runs = [path for path in experiment.iterdir() if path.is_dir()]
+    except FileNotFoundError:
         return
-    (experiment / _REMOVED).touch()
-    runs = [path for path in experiment.iterdir() if path.is_dir()]
     if any(belongs_elsewhere(run) for run in runs):
         return  # its follower there does it, or whoever sweeps there
     deadline = time.monotonic() + 10
@@ -509,7 +510,9 @@ def remove(experiment: str | Path) -> None:
         runs = [run for run in runs if run.exists()]
         if runs:
             time.sleep(0.02)
-    shutil.rmtree(experiment)
+    while experiment.exists():
+        with contextlib.suppress(FileNotFoundError):  # somebody else removes it in the same moment
+            shutil.rmtree(experiment)
 
 
 def half_removed(experiments: str | Path) -> list[str]:

@@ -1,30 +1,22 @@
-"""Runs on a machine that is reached over SSH: a real server, real processes, and what may befall them."""
+"""Runs on a machine that is reached over SSH: a real server, real processes, the whole way of a run."""
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
-from typing import Any
 
 import pytest
+from django.core.cache import cache
 
 from accounts.models import User
 from experiments import jobs
-from experiments.models import Experiment, Host, HostTask, ModelRun, Removal, State, Transfer
-from tests.live import Live, a_spec, eventually, settled, states, told_by_rows
+from experiments.models import Experiment, Host, HostTask, Reason, Removal, State, Transfer
+from tests.hosted import SLOWLY, a_run, all_arrived_once, comes_to, ended, process_of, submit, succeeded, there
+from tests.live import Live, eventually, settled, states
 from tests.sshd import Sshd
+from trainer import agent
 
 pytestmark = pytest.mark.django_db(transaction=True)
-
-
-@pytest.fixture
-def site(live: Live, sshd: Sshd) -> Live:
-    """The site's processes: two workers, the reconciler, the collector."""
-    for _ in range(2):
-        live.worker()
-    live.reconciler()
-    live.start("collect")
-    return live
 
 
 def ready(host: Host) -> Host:
@@ -38,37 +30,17 @@ def ready(host: Host) -> Host:
     return host
 
 
-def submit(owner: User, host: Host, steps: int = 40, **options: Any) -> Experiment:
-    return jobs.create(owner, a_spec(steps), host=host, **options)
-
-
-def told_by_host(sshd: Sshd, run: ModelRun) -> list[tuple[str, int, float]]:
-    """Every point that the stream on the host speaks of, once."""
-    found = {}
-    path = sshd.root / "experiments" / str(run.experiment_id) / run.name / "events.jsonl"
-    for line in path.read_bytes().splitlines():
-        event = json.loads(line)
-        if event["kind"] in ("train", "eval"):
-            found[event.get("split", "train"), event["step"]] = event["cross_entropy"]
-    return sorted((*key, value) for key, value in found.items())
-
-
 def test_three_models_train_there_and_come_back(site: Live, sshd: Sshd, owner: User) -> None:
     host = ready(sshd.host(owner, slots=2))
     experiment = submit(owner, host)
     eventually(lambda: settled(experiment), seconds=120)
     assert {state for state, _ in states(experiment).values()} == {State.SUCCEEDED}, states(experiment)
     for run in experiment.runs.all():
-        assert told_by_rows(run) == told_by_host(sshd, run)
-        assert (run.directory / "events.jsonl").read_bytes() == (
-            sshd.root / "experiments" / str(experiment.pk) / run.name / "events.jsonl"
-        ).read_bytes()
+        all_arrived_once(sshd, run)
     brought = Transfer.objects.filter(run__experiment=experiment)
     eventually(lambda: brought.filter(state=Transfer.State.DONE).count() == 3, what="for the models")
     for run in experiment.runs.all():
-        there = sshd.root / "experiments" / str(experiment.pk) / run.name / "model"
-        here = run.directory / "model"
-        assert _contents(here) == _contents(there)
+        assert _contents(run.directory / "model") == _contents(there(sshd, run) / "model")
     jobs.delete(experiment)
     eventually(lambda: not Removal.objects.exists(), what="for the removal")
     assert not (sshd.root / "experiments" / str(experiment.pk)).exists()
@@ -77,3 +49,97 @@ def test_three_models_train_there_and_come_back(site: Live, sshd: Sshd, owner: U
 
 def _contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_twenty_runs_share_one_connection(site: Live, sshd: Sshd, owner: User) -> None:
+    host = sshd.host(owner, slots=20, before=sshd.lines(FAKE_STEP_SECONDS="0.05"))
+    runs = [a_run(owner, host, steps=100) for _ in range(20)]
+    most_connections, most_at_once = 0, 0
+
+    def over() -> bool:
+        nonlocal most_connections, most_at_once
+        most_connections = max(most_connections, len(sshd.connections()))
+        active = [state for run in runs for state, _ in states(run.experiment).values()]
+        most_at_once = max(most_at_once, active.count(State.RUNNING))
+        return not {State.QUEUED, State.RUNNING} & set(active)
+
+    eventually(over, seconds=180, what="for twenty runs")
+    succeeded(sshd, *runs)
+    assert most_at_once == 20
+    assert most_connections == 1
+    assert sshd.log().count("Accepted publickey") == 1
+
+
+# Stopping and deleting ------------------------------------------------------------------------------------------------
+
+
+def test_a_stop_leaves_a_checkpoint_from_which_it_goes_on(site: Live, sshd: Sshd, owner: User) -> None:
+    run = a_run(owner, sshd.host(owner, before=sshd.lines(**SLOWLY)), steps=150)
+    comes_to(run, 15)
+    jobs.request_stop(run)
+    assert (ended(run).state, run.reason) == (State.CANCELLED, Reason.STOPPED)
+    assert (there(sshd, run) / "checkpoints" / f"step-{run.step:06d}").is_dir()
+    assert run.step < 150
+    all_arrived_once(sshd, run)
+    jobs.resume(run)
+    run.refresh_from_db()
+    succeeded(sshd, run, starts=2)
+    assert run.step == 150
+
+
+def test_what_is_wanted_while_the_host_is_away_is_done_when_it_is_back(site: Live, sshd: Sshd, owner: User) -> None:
+    host = sshd.host(owner, slots=3, before=sshd.lines(**SLOWLY))
+    stopped, deleted = a_run(owner, host, steps=2000), a_run(owner, host, steps=2000)
+    for run in (stopped, deleted):
+        comes_to(run, 10)
+    pid = process_of(sshd, deleted)["trainer"]["pid"]
+    sshd.stop()
+    eventually(lambda: Host.objects.get(pk=host.pk).unreachable_since, what="for the news that it is away")
+    late = a_run(owner, host)  # it gets its place, and can not begin
+    eventually(lambda: states(late.experiment)["small"][0] == State.RUNNING)
+    jobs.request_stop(stopped)
+    jobs.request_stop(late)
+    folder, here = there(sshd, deleted).parent, deleted.experiment.directory
+    jobs.delete(deleted.experiment)
+    assert Removal.objects.count() == 1
+    assert not here.exists()
+    assert states(stopped.experiment)["small"][0] == State.RUNNING
+    assert agent.started_at(pid)
+    sshd.start()
+    assert (ended(stopped).state, stopped.reason) == (State.CANCELLED, Reason.STOPPED)
+    all_arrived_once(sshd, stopped)
+    assert (ended(late).state, late.reason) == (State.CANCELLED, Reason.STOPPED)
+    assert not there(sshd, late).exists(), "it never began"
+    eventually(lambda: not Removal.objects.exists(), what="for the removal")
+    assert agent.started_at(pid) is None
+    assert not folder.exists()
+    assert not here.exists(), "its last follower has put nothing back"
+
+
+def test_an_experiment_that_trains_is_deleted(site: Live, sshd: Sshd, owner: User) -> None:
+    run = a_run(owner, sshd.host(owner, before=sshd.lines(**SLOWLY)), steps=2000)
+    comes_to(run, 10)
+    process, folder, here = process_of(sshd, run), there(sshd, run).parent, run.experiment.directory
+    jobs.delete(run.experiment)
+    eventually(lambda: not Removal.objects.exists(), what="for the removal")
+    eventually(lambda: not folder.exists())
+    for who in ("trainer", "supervisor"):
+        assert not agent.is_alive(process[who])
+    eventually(lambda: not here.exists(), what="for the end of what was brought here")
+
+
+def test_an_account_that_goes_leaves_nothing_there(site: Live, sshd: Sshd, owner: User) -> None:
+    host = sshd.host(owner, slots=2, before=sshd.lines(**SLOWLY))
+    run, done = a_run(owner, host, steps=2000), a_run(owner, host, steps=10)
+    comes_to(run, 10)
+    succeeded(sshd, done)
+    process = process_of(sshd, run)
+    owner.delete()
+    assert not Experiment.objects.exists()
+    assert Host.objects.get(pk=host.pk).private_key, "which it still takes to clear up there"
+    eventually(lambda: not Removal.objects.exists(), what="for the removals")
+    assert not agent.is_alive(process["trainer"])
+    assert os.listdir(sshd.root / "experiments") == []
+    cache.delete("retired-hosts-forgotten")  # it looks once a minute
+    jobs.reconcile()
+    assert not Host.objects.filter(pk=host.pk).exists()
