@@ -72,7 +72,19 @@ class Report:
         ("accuracy", "accuracy"),
     )
     AXES = (("step", "steps"), ("tokens", "tokens"), ("flops", "FLOPs"), ("seconds", "training seconds"))
-    SECTIONS = ("head", "verdict", "progress", "machines", "table", "growth", "samples", "data", "setup", "log", "files")
+    SECTIONS = (
+        "head",
+        "verdict",
+        "progress",
+        "machines",
+        "table",
+        "growth",
+        "samples",
+        "data",
+        "setup",
+        "log",
+        "files",
+    )
 
     def __init__(self, standing: Standing, split: str = "") -> None:
         self.standing = standing
