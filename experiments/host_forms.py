@@ -250,18 +250,19 @@ class ConfirmForm(forms.Form):
     def __init__(self, *args: Any, host: Host, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.host = host
-        self.seen = credentials.fingerprint(host.seen_key) if host.seen_key else ""
+        self.seen_line = host.seen_key if host.seen_key != host.host_key else ""
+        self.seen = credentials.fingerprint(self.seen_line) if self.seen_line else ""
         if not self.is_bound:
             self.initial["fingerprint"] = self.seen
 
     @property
     def replaces(self) -> bool:
         """Whether another key is trusted until now."""
-        return bool(self.host.host_key) and self.host.host_key != self.host.seen_key
+        return bool(self.host.host_key and self.seen_line)
 
     def clean_fingerprint(self) -> str:
         shown: str = self.cleaned_data["fingerprint"]
-        if shown != self.seen:
+        if not self.seen or shown != self.seen:
             raise ValidationError("The machine was asked again meanwhile and showed another key: compare this one.")
         return shown
 

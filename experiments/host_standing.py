@@ -137,6 +137,14 @@ class HostStanding:
         return [_step(step) for step in found[:40] if isinstance(step, dict)]
 
     @property
+    def wants_reading(self) -> bool:
+        """Whether the steps are news: they go on, have ended just now, or found something to be dealt with."""
+        task = self.task
+        if task is None or task.ended_at is None or task.state != HostTask.State.SUCCEEDED or self.remarks:
+            return True
+        return timezone.now() - task.ended_at < FRESH
+
+    @property
     def remarks(self) -> int:
         return sum(step.state in ("warning", "failed") for step in self.steps)
 

@@ -234,7 +234,7 @@ def host_confirm(request: SignedInRequest, pk: int) -> HttpResponse:
     if "scan" in request.POST:
         _scan(request, host)
         if host.host_key and host.seen_key == host.host_key:
-            messages.info(request, f"{host.name} shows the key that was confirmed.")
+            return _as_confirmed(request, host)
         return redirect("host_confirm", host.pk)
     form = ConfirmForm(request.POST if request.method == "POST" else None, host=host)
     is_known = bool(host.host_key) and host.last_seen is not None
@@ -249,7 +249,7 @@ def host_confirm(request: SignedInRequest, pk: int) -> HttpResponse:
     context = {
         "host": host,
         "form": form,
-        "seen": _key(host.seen_key),
+        "seen": _key(form.seen_line),
         "pinned": _key(host.host_key),
         "pin": host.pins.select_related("by").first(),
     }
@@ -268,6 +268,17 @@ def _scan(request: HttpRequest, host: Host) -> None:
         return
     host.seen_key = str(found["key"])
     host.save(update_fields=["seen_key"])
+
+
+def _as_confirmed(request: SignedInRequest, host: Host) -> HttpResponse:
+    """The machine shows the key that is trusted. If it did not before, the keeper has stopped and may go on."""
+    host.seen_key = ""
+    host.save(update_fields=["seen_key"])
+    messages.info(request, f"{host.name} shows the host key that was confirmed.")
+    if host.problem == Host.Problem.KEY_CHANGED:
+        _close(host.pk)
+        _ask(request, host, HostTask.Kind.PROBE)
+    return redirect(host)
 
 
 def _pin(host: Host, user: User) -> bool:

@@ -16,9 +16,18 @@ from tests.browser.test_main_job import PASSWORD, TRAINED, sign_up, some_text, s
 pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("browser")]
 
 AXE = ROOT / "node_modules/axe-core/axe.min.js"
-FOR_ALL = ["/", "/docs/", "/docs/guide/", "/docs/fields/", "/docs/figures/", "/docs/growth/", "/no-such-page/"]
+FOR_ALL = [
+    "/",
+    "/docs/",
+    "/docs/guide/",
+    "/docs/fields/",
+    "/docs/figures/",
+    "/docs/growth/",
+    "/docs/hosts/",
+    "/no-such-page/",
+]
 SIGNED_OUT = ["/train/", "/profile/", "/accounts/login/", "/accounts/signup/", "/accounts/password/reset/"]
-SIGNED_IN = ["/train/", "/profile/", "/accounts/email/", "/accounts/password/change/", "/accounts/settings/"]
+SIGNED_IN = ["/train/", "/profile/", "/hosts/", "/accounts/email/", "/accounts/password/change/", "/accounts/settings/"]
 MEMBERS = ["/accounts/sessions/", "/accounts/reauthenticate/"]
 SECOND_FACTOR = [
     f"/accounts/second-factor/{path}/"

@@ -940,6 +940,18 @@ def test_a_server_that_shows_another_key_is_noticed_and_pinned_on_purpose(
     assert [pin.previous for pin in host.pins.all()] == [old, ""]
 
 
+def test_a_server_that_shows_the_confirmed_key_again_is_looked_at_again(
+    client: Client, sshd: Sshd, added: Host
+) -> None:
+    host = seen_and_confirmed(client, added)
+    Host.objects.filter(pk=host.pk).update(seen_key=a_key(), problem="key_changed")
+    answer = client.post(reverse("host_confirm", args=[host.pk]), {"scan": "1"})
+    assert answer["Location"] == reverse("host", args=[host.pk])
+    host.refresh_from_db()
+    assert (host.host_key, host.seen_key) == (sshd.host_key, "")
+    assert HostTask.objects.get().kind == HostTask.Kind.PROBE
+
+
 @pytest.mark.skipif(not AS_ROOT, reason="only root's sshd can check a password")
 def test_a_password_installs_the_line_once_and_is_forgotten(client: Client, sshd: Sshd, added: Host) -> None:
     host = seen_and_confirmed(client, added)
