@@ -52,7 +52,8 @@ class Login:
         if AS_ROOT:
             self.remove()
             command = ["useradd", "--system", "--home-dir", str(self.home), "--shell", "/bin/bash", self.name]
-            subprocess.run(command, check=True, capture_output=True)
+            # Another process of the tests may hold the file of users.
+            eventually(lambda: subprocess.run(command, capture_output=True).returncode == 0, what="for useradd")
             subprocess.run(["chpasswd"], input=f"{self.name}:{self.password}\n", text=True, check=True)
         self.uid, self.gid = pwd.getpwnam(self.name)[2:4]
         self.clear()
@@ -241,6 +242,7 @@ class Sshd:
                 "credential": Host.Credential.GENERATED,
                 "public_key": public,
                 "host_key": self.host_key,
+                "folder": "kangaroo" if AS_ROOT else str(self.root),  # not in the home of whoever runs the tests
                 "env_python": self.python,
                 "before": self.lines(),
                 **fields,

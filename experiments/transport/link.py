@@ -45,6 +45,8 @@ CONNECT_TIMEOUT, LOGIN_TIMEOUT, SHELL_TIMEOUT = 10.0, 15.0, 60.0
 KEEPALIVE_INTERVAL, KEEPALIVE_COUNT = 5, 3
 #: Requests that a host is given at once.
 MOST_REQUESTS = 100
+#: Answers in a row that nobody waits for (any more), after which a host is not listened to.
+MOST_STRAYS = 1000
 #: What a login shell may print before our sentinel; what is kept of what a program prints.
 MOST_NOISE, MOST_OUTPUT = 64 << 10, 4096
 _PYTHONS = ("python3.13", "python3.12", "python3.11", "python3.10", "python3.9", "python3")
@@ -154,37 +156,39 @@ class _Client(asyncssh.SSHClient):
 async def _connected(
     place: Place, client: _Client, via: Session | None, **options: Any
 ) -> asyncssh.SSHClientConnection:
-    if via is not None:
-        # The jump host resolves the name and connects: it is in its network that the address means something.
-        options |= {"tunnel": via.connection, "host": place.address, "port": place.port}
-        seconds = CONNECT_TIMEOUT + LOGIN_TIMEOUT
-    else:
-        options["sock"] = await _socket(place)
-        seconds = LOGIN_TIMEOUT
     # The kind of the confirmed key first, then the others: a host that has another kind alone has changed.
     first = place.host_key.partition(" ")[0]
     algorithms = [name for kind in sorted(_ALGORITHMS, key=lambda kind: kind != first) for name in _ALGORITHMS[kind]]
-    return await asyncssh.connect(
-        **options,
-        client_factory=lambda: client,
-        server_host_key_algs=algorithms,
-        config=None,
-        agent_path=None,
-        agent_forwarding=False,
-        pkcs11_provider=None,
-        gss_host=None,
-        gss_kex=False,
-        gss_auth=False,
-        host_based_auth=False,
-        x509_trusted_certs=None,
-        x509_trusted_cert_paths=None,
-        env=None,
-        send_env=None,
-        connect_timeout=seconds,
-        login_timeout=seconds,
-        keepalive_interval=KEEPALIVE_INTERVAL,
-        keepalive_count_max=KEEPALIVE_COUNT,
-    )
+    options |= {
+        "client_factory": lambda: client,
+        "server_host_key_algs": algorithms,
+        "config": None,
+        "agent_path": None,
+        "agent_forwarding": False,
+        "pkcs11_provider": None,
+        "gss_host": None,
+        "gss_kex": False,
+        "gss_auth": False,
+        "host_based_auth": False,
+        "x509_trusted_certs": None,
+        "x509_trusted_cert_paths": None,
+        "env": None,
+        "send_env": None,
+        "connect_timeout": LOGIN_TIMEOUT,
+        "login_timeout": LOGIN_TIMEOUT,
+        "keepalive_interval": KEEPALIVE_INTERVAL,
+        "keepalive_count_max": KEEPALIVE_COUNT,
+    }
+    if via is not None:
+        # The jump host resolves the name and connects: it is in its network that the address means something.
+        options["connect_timeout"] = CONNECT_TIMEOUT + LOGIN_TIMEOUT
+        return await asyncssh.connect(place.address, place.port, tunnel=via.connection, **options)
+    connection = await _socket(place)
+    try:
+        return await asyncssh.connect(sock=connection, **options)
+    except BaseException:
+        connection.close()
+        raise
 
 
 async def _socket(place: Place) -> socket.socket:
@@ -570,6 +574,7 @@ class Relay:
 
     async def _answers(self) -> HostProblem:
         """Hand on what comes until nothing does; why not."""
+        strays = 0
         while line := await self._shell.output.line(wire.MOST_HEADER):
             if not line.endswith(b"\n"):
                 break
@@ -578,6 +583,9 @@ class Relay:
             answer = self._asked.get(header["id"]) if isinstance(header.get("id"), int) else None
             if answer is not None and not answer.done():
                 answer.set_result((header, payload))
+                strays = 0
+            elif (strays := strays + 1) > MOST_STRAYS:
+                raise wire.WireError("answers to what nobody has asked")
         await asyncio.sleep(0.1)  # for the rest of its complaint, or the news that the connection is gone
         if self._shell.connection.is_closed():
             return HostProblem(Host.Problem.UNREACHABLE, f"The connection to {self.place} broke.")
