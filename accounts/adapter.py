@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from allauth.account.adapter import DefaultAccountAdapter
+from allauth.account.internal.flows.login import record_authentication
 from django.http import HttpRequest
 from django.urls import reverse
 
@@ -30,6 +31,12 @@ class Adapter(DefaultAccountAdapter):  # type: ignore[misc]
     def save_user(self, request: HttpRequest, user: User, form: Any, commit: bool = True) -> User:
         user.is_guest = False
         return super().save_user(request, user, form, commit)  # type: ignore[no-any-return]
+
+    def post_login(self, request: HttpRequest, user: User, *, signup: bool, **kwargs: Any) -> Any:
+        """Who has just chosen a password need not give it again at the next step; allauth only notes that of others."""
+        if signup:
+            record_authentication(request, user, method="password", email=user.email)
+        return super().post_login(request, user, signup=signup, **kwargs)
 
     def get_reauthentication_methods(self, user: User) -> list[dict[str, str]]:
         """By what else somebody may say that it is them."""

@@ -237,3 +237,9 @@ def test_no_link_to_sign_in_sign_up_or_out_leads_to_another_site(ada: User, addr
         response = client.post(f"/accounts/{path}/?{urlencode({'next': address})}", form | {"next": address})
         assert response.status_code == 302
         assert response["Location"] in ("/profile/", "/")
+
+
+def test_who_has_just_signed_up_is_not_asked_for_the_password_again(client: Client) -> None:
+    client.post("/accounts/signup/", SIGN_UP)
+    assert client.get("/accounts/email/").status_code == 200
+    assert client.get("/hosts/add/").status_code == 200
