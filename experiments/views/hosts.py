@@ -455,6 +455,7 @@ def _host_page(request: SignedInRequest, host: Host, form: InterpreterForm | Non
         context |= {
             "form": form or InterpreterForm(initial={"python": host.env_python}),
             "pins": [(pin, credentials.fingerprint(pin.key)) for pin in host.pins.select_related("by")[:20]],
+            "line": credentials.authorized_line(host) if host.public_key else "",
             "revoke": credentials.revoke_command(host) if host.public_key else "",
         }
     return render(request, "experiments/host.html", context, status=422 if form is not None else 200)
