@@ -15,6 +15,7 @@ import os
 import shutil
 import sys
 import tarfile
+import time
 
 
 def say(**fields: object) -> None:
@@ -31,6 +32,10 @@ def unpack(packages: str, digest: str, size: int) -> None:
         packed += more
     if hashlib.sha256(packed).hexdigest() != digest:
         raise ValueError("the archive came damaged")
+    for left in os.listdir(packages):  # by a connection that broke meanwhile
+        path = os.path.join(packages, left)
+        if ".tmp-" in left and os.stat(path).st_mtime < time.time() - 3600:
+            shutil.rmtree(path, ignore_errors=True)
     unpacked = os.path.join(packages, "%s.tmp-%d" % (digest, os.getpid()))  # noqa: UP031
     try:
         with tarfile.open(fileobj=io.BytesIO(packed)) as tar:

@@ -435,7 +435,11 @@ class _Line:
             try:
                 via = await asyncio.wait_for(jump.session(urgent=urgent), 2 * link.LOGIN_TIMEOUT)
             except (HostProblem, TimeoutError) as problem:
-                why = problem.message if isinstance(problem, HostProblem) else "it leads back to itself."
+                why = (
+                    problem.message
+                    if isinstance(problem, HostProblem)
+                    else "it does not answer in time, or leads back to this host."
+                )
                 raise HostProblem(
                     Host.Problem.UNREACHABLE, f"{place} is reached through a jump host, which is not reached: {why}"
                 ) from None

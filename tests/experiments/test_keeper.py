@@ -134,6 +134,16 @@ def test_the_package_is_sent_once_a_version(sshd: Sshd, owner: User) -> None:
     assert [path.name for path in (sshd.root / "package").iterdir()] == [digest]
 
 
+def test_what_an_interrupted_transfer_of_the_package_left_is_cleared_away(sshd: Sshd, owner: User) -> None:
+    packages = sshd.root / "package"
+    for name, age in (("aaaa.tmp-1", 7200), ("bbbb.tmp-2", 60)):
+        sshd.login.write(f"kangaroo/package/{name}/trainer/half.py", "")
+        os.utime(packages / name, (time.time() - age, time.time() - age))
+    sshd.login.own(sshd.root, packages, packages / "aaaa.tmp-1", packages / "bbbb.tmp-2")
+    digest = call(sshd.host(owner).pk, "hello")[0]["package"]
+    assert {path.name for path in packages.iterdir()} == {digest, "bbbb.tmp-2"}, "the younger may be on its way"
+
+
 def test_a_package_that_comes_damaged_is_not_unpacked(sshd: Sshd, owner: User, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keeper_module.package, "archive", lambda: ("0" * 64, b"what is not of this digest"))
     said = problem(sshd.host(owner))
@@ -508,6 +518,14 @@ def test_a_jump_host_that_fails_is_named(sshd: Sshd, owner: User) -> None:
     assert said.kind == Host.Problem.UNREACHABLE
     assert "through a jump host, which is not reached" in said.message
     assert noted(jump, lambda row: row.problem).problem == Host.Problem.LOGIN_REFUSED
+
+
+def test_jump_hosts_that_lead_in_a_circle_are_named(sshd: Sshd, owner: User, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link, "LOGIN_TIMEOUT", 0.5)
+    one, other = sshd.host(owner), sshd.host(owner)
+    Host.objects.filter(pk=one.pk).update(jump=other)
+    Host.objects.filter(pk=other.pk).update(jump=one)
+    assert "leads back to this host" in problem(one).message
 
 
 def test_a_jump_host_that_does_not_forward_is_named(sshd: Sshd, owner: User) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
+import tarfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -17,7 +19,7 @@ from django.db import connections
 
 from accounts.models import User
 from experiments.models import Experiment, Host, ModelRun
-from experiments.transport import Transport
+from experiments.transport import Transport, package
 from experiments.transport.base import File
 from experiments.transport.client import call, hang_up
 from experiments.transport.local import Local
@@ -405,6 +407,27 @@ def test_a_part_of_something_else_is_not_built_upon(remote: Ssh, sshd: Sshd, tmp
     path.write_bytes(b"another content")
     remote.send(path, "files/x/file")
     assert (sshd.root / "files" / "x" / "file").read_bytes() == b"another content"
+
+
+# The package ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_package_is_the_trainer_and_nothing_else() -> None:
+    digest, packed = package.archive()
+    assert digest == hashlib.sha256(packed).hexdigest()
+    with tarfile.open(fileobj=io.BytesIO(packed)) as tar:
+        names = tar.getnames()
+    assert {"trainer/__init__.py", "trainer/relay.py", "trainer/families/gpt2.py"} <= set(names)
+    assert all(name.startswith("trainer/") and name.endswith(".py") for name in names)
+    package.archive.cache_clear()
+    assert package.archive() == (digest, packed)
+
+
+def test_what_the_trainer_needs_is_pinned() -> None:
+    names = [requirement.partition("==")[0] for requirement in package.requirements()]
+    assert {"torch", "transformers", "pydantic", "tqdm"} <= set(names)
+    assert not {"django", "asyncssh", "cryptography"} & set(names)
+    assert all("==" in requirement for requirement in package.requirements())
 
 
 def _sent(remote: Ssh, path: Path, progress: list[int]) -> bool:
