@@ -28,12 +28,12 @@ from django.conf import settings
 
 from experiments.models import Host, ModelRun
 from experiments.transport.base import File, Frame, HostProblem, Outcome, Status
-from experiments.transport.client import call
+from experiments.transport.client import ahead, call
 from trainer.shape import CheckpointInit
 from trainer.spec import ExperimentSpec, PretrainedTokenizer, is_path
 
-#: Bytes sent or asked for at a time.
-CHUNK = 1 << 20
+#: Bytes asked for at a time, several times at once; bytes sent at a time, one after the other.
+CHUNK, SENT = 1 << 20, 4 << 20
 #: Seconds that the host holds a request for events open until there are some.
 WAIT = 1.0
 _MOST_FILES = 10_000
@@ -79,8 +79,8 @@ class Ssh:
         """Of the trainer, beside what its host gives it. Of the site's own environment, and its secrets, nothing."""
         env = {"KANGAROO_DATA_CACHE": f"{self.root}/data", "KANGAROO_MAX_TEXT_GB": str(settings.MAX_TEXT_GB)}
         facts = self.host.facts or {}
-        if not facts.get("gpus"):  # runs share the cores
-            env["KANGAROO_THREADS"] = str(max(1, int(facts.get("cores") or 1) // max(1, self.host.slots)))
+        if facts.get("cores") and not facts.get("gpus"):  # runs share the cores
+            env["KANGAROO_THREADS"] = str(max(1, int(facts["cores"]) // max(1, self.host.slots)))
             if self.host.slots > 1:
                 env["OMP_WAIT_POLICY"] = "passive"  # threads that spin while waiting would take the other run's cores
         return env
@@ -123,6 +123,15 @@ class Ssh:
         try:
             return call(self.host.pk, "read", path=path, offset=offset, limit=min(limit, CHUNK))[1]
         except (PermissionError, NotADirectoryError):  # it leads outside, or nowhere
+            raise FileNotFoundError(errno.ENOENT, "there is no such file", name) from None
+
+    def pieces(self, run: ModelRun, name: str, offset: int, size: int) -> Iterator[bytes]:
+        path, places = _inside(run, name), range(offset, size, CHUNK)
+        requests = ({"path": path, "offset": place, "limit": min(CHUNK, size - place)} for place in places)
+        try:
+            for _, data in ahead(self.host.pk, "read", requests):
+                yield data
+        except (PermissionError, IsADirectoryError):  # it leads outside
             raise FileNotFoundError(errno.ENOENT, "there is no such file", name) from None
 
     def files(self, run: ModelRun, folder: str) -> list[File]:
@@ -220,7 +229,7 @@ class Ssh:
         with path.open("rb") as file:
             begun = _member(there, "size", int)
             offset = file.seek(begun if 0 < begun <= total else 0)
-            while (chunk := file.read(CHUNK)) or offset == 0:
+            while (chunk := file.read(SENT)) or offset == 0:
                 self.ask("write", chunk, path=to, offset=offset)
                 offset += len(chunk)
                 if progress is not None:
