@@ -101,6 +101,8 @@ def _gpus(host: Host) -> list[dict[str, Any]] | None:
     """The GPUs of the host as they are now, none where it does not answer; None if it is known to have none."""
     if most_gpus(host) is None:
         return None
+    if host.problem:  # no worker is to wait for it; the collector, which goes on trying, says when it is back
+        return []
     try:
         return _chosen(host, for_host(host).readings()["gpus"])
     except (HostProblem, OSError) as problem:
