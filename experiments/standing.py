@@ -194,12 +194,16 @@ class Standing:
 
     @property
     def share(self) -> float | None:
-        """Of all steps of all models, each step weighed by its model's FLOPs where they are known."""
-        shares = [(each.share, self._weight(each)) for each in self.runs]
-        known = [(share, weight) for share, weight in shares if share is not None]
+        """Of all steps of all models, each step weighed by its model's FLOPs once all of them are known."""
+        shares = [each.share for each in self.runs]
+        known = [share for share in shares if share is not None]
         if len(known) < len(shares) or not known:
             return None
-        return sum(share * weight for share, weight in known) / sum(weight for _, weight in known)
+        flops = [self._flops_a_step(each) for each in self.runs]
+        weights = [each.total or 1 for each in self.runs]
+        if all(flops):
+            weights = [weight * (each or 0) for weight, each in zip(weights, flops, strict=True)]
+        return sum(share * weight for share, weight in zip(known, weights, strict=True)) / sum(weights)
 
     @property
     def seconds_left(self) -> float | None:
@@ -263,9 +267,6 @@ class Standing:
 
     def _shape(self, each: RunStanding) -> Any:
         return self.experiment.spec_json["models"].get(each.name, {}).get("shape")
-
-    def _weight(self, each: RunStanding) -> float:
-        return (self._flops_a_step(each) or 1.0) * (each.total or 1)
 
 
 def standings(experiments: Iterable[Experiment]) -> list[Standing]:
