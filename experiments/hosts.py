@@ -143,9 +143,15 @@ def _probe(host: Host, steps: _Steps) -> None:
         Host.objects.filter(pk=host.pk).update(seen_key=seen["key"])
         steps.fail("Nobody has confirmed yet that it is the right machine.", "Compare its fingerprint and confirm it.")
     call(host.pk, "keeper.close")  # what was changed since is to count
+    try:
+        login, _ = call(host.pk, "keeper.connect")
+    except HostProblem:
+        if seen["key"] == host.host_key:
+            steps.done(f"Its key is {fingerprint(host.host_key)}, as confirmed.")
+            steps.begin("login")
+        raise
+    steps.done(f"Its key is {fingerprint(host.host_key)}, as confirmed.")
     steps.begin("login")
-    login, _ = call(host.pk, "keeper.connect")
-    _done(steps, "key", f"Its key is {fingerprint(host.host_key)}, as confirmed.")
     steps.done(f"Signed in as {host.username}, after {login['seconds'] * 1000:.0f} ms.")
 
     steps.begin("python")
@@ -212,12 +218,6 @@ def _probe(host: Host, steps: _Steps) -> None:
     steps.done(f"{statistics.median(trips) * 1000:.0f} ms there and back.")
     readings, _ = call(host.pk, "readings")
     Host.objects.filter(pk=host.pk).update(readings=readings, readings_at=timezone.now())
-
-
-def _done(steps: _Steps, key: str, text: str) -> None:
-    current, steps.current = steps.current, next(step for step in steps.steps if step["key"] == key)
-    steps.done(text)
-    steps.current = current
 
 
 def _missing(host: Host, executable: str) -> list[str]:
