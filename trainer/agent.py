@@ -271,7 +271,10 @@ def _command(directory: Path, processes: int) -> list[str]:
     if override := os.environ.get("KANGAROO_TRAINER"):  # tests put a quicker trainer in its place
         program = json.loads(override) if override.startswith("[") else [sys.executable, override]
     elif processes > 1:
-        torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        # The machine's own name may lead nowhere; and torchrun must not kill before the trainer had its time.
+        os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(int(GRACE)))
+        torchrun = ["torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+        torchrun += ["--nproc-per-node", str(processes)]
         program = [sys.executable, "-m", *torchrun, "-m", "trainer"]
     else:
         program = [sys.executable, "-m", "trainer"]

@@ -49,6 +49,9 @@ def _fresh(request: HttpRequest) -> HttpResponse:
         values["name"] = origin.name  # it may have been renamed since
         if Host.objects.usable_by(request.user).filter(pk=origin.host_id).exists():
             values["host"] = host_key(origin.host)
+    wanted = request.GET.get("host", "")
+    if wanted.isdecimal() and Host.objects.usable_by(request.user).filter(pk=wanted).exists():
+        values["host"] = wanted
     if values["uploaded"] and not sources.may_use_upload(values["uploaded"], request.user):
         values["uploaded"] = ""  # another's file: theirs alone
         context["text_is_anothers"] = True

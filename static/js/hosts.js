@@ -31,18 +31,4 @@
     kangaroo.announce(words);
     setTimeout(() => { button.textContent = before; }, 2_500);
   });
-
-  // <span data-clock>: the time of day, with the date where it is another day's.
-  const time = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit" });
-  const date = new Intl.DateTimeFormat(undefined, { day: "numeric", month: "short", hour: "2-digit", minute: "2-digit" });
-  const clocks = (root) => {
-    for (const clock of root.querySelectorAll("[data-clock]")) {
-      const at = new Date(clock.dataset.clock);
-      if (Number.isNaN(at.getTime())) continue;
-      const today = at.toDateString() === new Date().toDateString();
-      clock.textContent = (today ? time : date).format(at);
-    }
-  };
-  clocks(document);
-  document.addEventListener("htmx:oobAfterSwap", (event) => clocks(document.getElementById(event.detail.target.id) ?? document));
 })();

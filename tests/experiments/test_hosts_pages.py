@@ -309,7 +309,7 @@ def test_a_state_is_a_word_in_a_badge(client: Client, ada: User, fields: dict[st
 def test_an_unreachable_machine_says_since_when_and_that_it_is_tried(client: Client, ada: User) -> None:
     make_host(ada, unreachable_since=timezone.now(), problem="unreachable")
     html = page(client.get(reverse("hosts")))
-    assert re.search(r"unreachable since <span data-clock=\"20[^\"]+\">[^<]+</span>, still trying", html)
+    assert re.search(r"unreachable since <time data-of-day datetime=\"20[^\"]+\">[^<]+</time>, still trying", html)
 
 
 def test_gpus_have_bars_and_their_age(client: Client, ada: User) -> None:

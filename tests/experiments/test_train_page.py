@@ -574,8 +574,8 @@ def test_ones_own_machine_is_chosen_for_all_models_or_for_one(inside: Client, gp
     assert experiment.host == gpu_host
     where = {run.name: (run.host.name, run.gpus_wanted) for run in experiment.runs.select_related("host")}
     assert where == {"small": ("this machine", 2), "scaled": ("gpu1", 2), "large": ("gpu1", 2)}
-    again = inside.get(TRAIN, {"from": str(experiment.pk)}).content.decode()
-    assert f'<option value="{gpu_host.pk}" selected' in again
+    for query in ({"from": str(experiment.pk)}, {"host": str(gpu_host.pk)}):
+        assert f'<option value="{gpu_host.pk}" selected' in inside.get(TRAIN, query).content.decode()
 
 
 def test_a_machine_that_is_not_ones_own_cannot_be_chosen(client: Client, gpu_host: Host) -> None:

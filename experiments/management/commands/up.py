@@ -3,6 +3,7 @@ from argparse import BooleanOptionalAction
 from typing import Any
 
 from django.conf import settings
+from django.core import checks
 from django.core.management import call_command
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.db import connections
@@ -51,6 +52,8 @@ class Command(BaseCommand):
             call_command("collectstatic", interactive=False, clear=True, verbosity=0)
             supervisor.static_files_changed(remember=True)
         Host.objects.filter(pk=Host.local().pk).update(slots=settings.LOCAL_SLOTS)
+        for problem in checks.run_checks(tags=[checks.Tags.database], databases=["default"]):
+            self.stdout.write(str(problem))  # such as credentials that cannot be opened; the rest goes on
         connections.close_all()  # the services have their own
 
     def welcome(self, site: Supervisor, host: str, port: int, first: bool) -> None:
