@@ -214,7 +214,7 @@ def a_site(runs: int) -> Iterator[Site]:
         stack.callback(login.remove if sshd.AS_ROOT else login.end_processes)
         server = sshd.Sshd(login, base)
         server.python = sshd._python_for(login)
-        server.start()
+        server.start(Subsystem="sftp internal-sftp")
         stack.callback(server.stop)
         login.write("bench/trainer.py", TRAINER)
         login.write("bench/fake_trainer.py", live.FAKE_TRAINER.read_text())
@@ -597,13 +597,13 @@ def _stream(site: Site, proxy: Proxy, pace: float, steps: int) -> tuple[str, str
     time.sleep(1)
     tail.end()
     client.close()
-    files = sum((run.directory / name).stat().st_size for name in ("events.jsonl", "log.txt"))
+    files = (run.directory / "events.jsonl").stat().st_size  # its log is empty
     moved, peer = proxy.bytes - before, beside.bytes - before_tail
     beside.close()
     count = len(site.events(run))
     return (
-        f"a run of {count:,} events, {1 / pace:g} steps a second; its files: {_kb(files)}",
-        f"{_kb(moved)}, {moved / files:.2f} x the files; `tail -F`: {peer / tail.bytes:.2f} x",
+        f"a run of {count:,} events, {1 / pace:g} steps a second: {_kb(files)}",
+        f"{_kb(moved)}, {moved / files:.2f} x the file; `tail -F`: {peer / tail.bytes:.2f} x",
     )
 
 
@@ -699,7 +699,7 @@ def _fetched(site: Site, run: Any) -> float:
     shutil.rmtree(run.directory / "checkpoints", ignore_errors=True)
     began = time.time()
     wanted = Transfer.objects.create(run=run, name="step-000010")
-    while wanted.is_active:
+    while wanted.state in (Transfer.State.WANTED, Transfer.State.RUNNING):
         time.sleep(0.05)
         wanted.refresh_from_db()
     if wanted.state != Transfer.State.DONE:

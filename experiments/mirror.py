@@ -20,7 +20,7 @@ from django.db import transaction
 from django.utils import timezone
 
 from experiments.models import Experiment, Host, ModelRun, Transfer
-from experiments.transport import Transport, for_host
+from experiments.transport import File, Transport, for_host
 
 #: Bytes asked for at once.
 CHUNK = 1 << 20
@@ -98,7 +98,7 @@ def fetch(transfer: Transfer, transport: Transport, leaving: Callable[[], bool])
     progress = _Progress(transfer, sum(file.size for file in files))
     for file in files:
         inside = Path(file.path).relative_to(folder)
-        if not _bring(run, transport, file.path, incoming / inside, progress, leaving):
+        if not _bring(run, transport, file, incoming / inside, progress, leaving):
             return False
     final.parent.mkdir(parents=True, exist_ok=True)
     incoming.rename(final)
@@ -106,7 +106,7 @@ def fetch(transfer: Transfer, transport: Transport, leaving: Callable[[], bool])
 
 
 def _bring(
-    run: ModelRun, transport: Transport, name: str, to: Path, progress: _Progress, leaving: Callable[[], bool]
+    run: ModelRun, transport: Transport, there: File, to: Path, progress: _Progress, leaving: Callable[[], bool]
 ) -> bool:
     """One file; it has its final name once it is whole."""
     if to.exists():
@@ -119,17 +119,18 @@ def _bring(
         while held := file.read(CHUNK):
             sha.update(held)
             progress.add(len(held))
-        while data := transport.read(run, name, file.tell(), CHUNK):
-            file.write(data)
-            sha.update(data)
-            progress.add(len(data))
-            if leaving():
-                return False
+        with contextlib.closing(transport.pieces(run, there.path, file.tell(), there.size)) as pieces:
+            for data in pieces:
+                file.write(data)
+                sha.update(data)
+                progress.add(len(data))
+                if leaving():
+                    return False
         file.flush()
         os.fsync(file.fileno())
-    if sha.hexdigest() != transport.digest(run, name):
+    if sha.hexdigest() != transport.digest(run, there.path):
         part.unlink()
-        raise Damaged(f"{name} did not come over as it stands on the host; ask for it once more.")
+        raise Damaged(f"{there.path} did not come over as it stands on the host; ask for it once more.")
     os.chmod(part, 0o644)
     part.rename(to)
     return True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any, BinaryIO, Literal, NamedTuple, Protocol, TypedDict
 from uuid import UUID
 
@@ -89,6 +89,10 @@ class Transport(Protocol):
 
     def read(self, run: ModelRun, name: str, offset: int, limit: int) -> bytes:
         """At most `limit` bytes of a file from `offset`; b"" at its end. FileNotFoundError as for `open_file`."""
+        ...
+
+    def pieces(self, run: ModelRun, name: str, offset: int, size: int) -> Generator[bytes, None, None]:
+        """A file of `size` bytes from `offset`, in pieces, asked for ahead of their use. FileNotFoundError as above."""
         ...
 
     def digest(self, run: ModelRun, name: str) -> str:

@@ -1,6 +1,7 @@
 """Asking a host something, from any process of the site: by the socket of the keeper, which holds the connections.
 
-`call` blocks until the answer is there. Each thread has a connection to the keeper of its own.
+`call` blocks until the answer is there. Each thread has a connection to the keeper of its own. `ahead` asks for more
+before the first answer has come.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import contextlib
 import os
 import socket
 import threading
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 from django.conf import settings
@@ -41,22 +44,66 @@ def call(host: int, op: str, payload: bytes = b"", *, timeout: float = 60, **arg
     """
     message = wire.pack({"id": 0, "host": host, "op": op, "timeout": timeout, **arguments}, payload)
     try:
-        header, answer = _exchange(message, timeout + _PATIENCE)
+        with _problems():
+            found = _exchange(message, timeout + _PATIENCE)
     except HostProblem:
+        hang_up()
         raise
-    except TimeoutError:
-        hang_up()
-        raise HostProblem(
-            Host.Problem.UNREACHABLE, "The site's collector does not answer; it is tried again."
-        ) from None
-    except (OSError, wire.WireError):
-        hang_up()
-        raise HostProblem(
-            Host.Problem.UNREACHABLE, "The site's collector ended before it had an answer; it is tried again."
-        ) from None
+    return _content(*found)
+
+
+def ahead(
+    host: int, op: str, requests: Iterable[Mapping[str, Any]], *, most: int = 4, timeout: float = 60
+) -> Generator[tuple[Any, bytes], None, None]:
+    """The answers to one request for each arguments of `requests`, in their order. Raises as :func:`call`.
+
+    `most` of them are under way at once, so that a host which is far away is not waited for after each.
+    """
+    with contextlib.ExitStack() as opened:
+        asked: deque[tuple[socket.socket, BinaryIO]] = deque()
+        for arguments in requests:
+            if len(asked) < most:
+                connection = opened.enter_context(_connect())
+                reader: BinaryIO = opened.enter_context(connection.makefile("rb"))
+                line = connection, reader
+            else:
+                line = asked.popleft()
+                yield _answer(line, timeout)
+            with _problems():
+                line[0].sendall(wire.pack({"id": 0, "host": host, "op": op, "timeout": timeout, **arguments}))
+            asked.append(line)
+        while asked:
+            yield _answer(asked.popleft(), timeout)
+
+
+def _answer(line: tuple[socket.socket, BinaryIO], timeout: float) -> tuple[Any, bytes]:
+    line[0].settimeout(timeout + _PATIENCE)
+    with _problems():
+        answer = wire.read(line[1])
+        if answer is None:
+            raise ConnectionResetError
+    return _content(*answer)
+
+
+def _content(header: dict[str, Any], answer: bytes) -> tuple[Any, bytes]:
     if "error" in header:
         raise _error(header["error"])
     return header.get("ok"), answer
+
+
+@contextlib.contextmanager
+def _problems() -> Iterator[None]:
+    """What may befall us on the way to the keeper, as a sentence."""
+    try:
+        yield
+        return
+    except HostProblem:
+        raise
+    except TimeoutError:
+        sentence = "The site's collector does not answer; it is tried again."
+    except (OSError, wire.WireError):
+        sentence = "The site's collector ended before it had an answer; it is tried again."
+    raise HostProblem(Host.Problem.UNREACHABLE, sentence) from None
 
 
 def _exchange(message: bytes, patience: float) -> tuple[dict[str, Any], bytes]:
@@ -83,20 +130,25 @@ def _is_open() -> bool:
 
 def _connected() -> tuple[socket.socket, BinaryIO]:
     if not _is_open():
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            connection.connect(str(settings.KEEPER_SOCKET))
-        except OSError:
-            connection.close()
-            raise HostProblem(
-                Host.Problem.UNREACHABLE,
-                "The site's collector is not running; without it no host is reached. The operator starts it with "
-                "`manage.py up` or `manage.py collect`.",
-            ) from None
+        connection = _connect()
         _line.pid, _line.connection, _line.reader = os.getpid(), connection, connection.makefile("rb")
     assert _line.connection is not None
     assert _line.reader is not None
     return _line.connection, _line.reader
+
+
+def _connect() -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connection.connect(str(settings.KEEPER_SOCKET))
+    except OSError:
+        connection.close()
+        raise HostProblem(
+            Host.Problem.UNREACHABLE,
+            "The site's collector is not running; without it no host is reached. The operator starts it with "
+            "`manage.py up` or `manage.py collect`.",
+        ) from None
+    return connection
 
 
 def hang_up() -> None:

@@ -47,6 +47,8 @@ KEEPALIVE_INTERVAL, KEEPALIVE_COUNT = 5, 3
 MOST_REQUESTS = 100
 #: Answers in a row that nobody waits for (any more), after which a host is not listened to.
 MOST_STRAYS = 1000
+#: Bytes that a host may send before we have taken them in: what is on its way on a line that is long and wide.
+WINDOW = 8 << 20
 #: What a login shell may print before our sentinel; what is kept of what a program prints.
 MOST_NOISE, MOST_OUTPUT = 64 << 10, 4096
 _PYTHONS = ("python3.13", "python3.12", "python3.11", "python3.10", "python3.9", "python3")
@@ -358,7 +360,9 @@ class Session:
         if before and self.place.before.strip():
             script = _after(self.place.before, script)
         try:
-            process: asyncssh.SSHClientProcess[bytes] = await self.connection.create_process(_COMMAND, encoding=None)
+            process: asyncssh.SSHClientProcess[bytes] = await self.connection.create_process(
+                _COMMAND, encoding=None, window=WINDOW
+            )
         except (asyncssh.Error, OSError) as error:
             raise self._lost(error) from None
         shell = _Shell(self.place, self.connection, process)

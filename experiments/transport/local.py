@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any, BinaryIO, cast
 from uuid import UUID
 
@@ -89,6 +89,10 @@ class Local:
         with self.open_file(run, name) as file:
             file.seek(offset)
             return file.read(limit)
+
+    def pieces(self, run: ModelRun, name: str, offset: int, size: int) -> Generator[bytes, None, None]:
+        for place in range(offset, size, 1 << 20):
+            yield self.read(run, name, place, min(1 << 20, size - place))
 
     def digest(self, run: ModelRun, name: str) -> str:
         with self.open_file(run, name) as file:

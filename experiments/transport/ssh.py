@@ -13,13 +13,14 @@ What a host answers comes from outside: shapes are checked here, and no path of 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import hashlib
 import io
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 from uuid import UUID
@@ -125,12 +126,13 @@ class Ssh:
         except (PermissionError, NotADirectoryError):  # it leads outside, or nowhere
             raise FileNotFoundError(errno.ENOENT, "there is no such file", name) from None
 
-    def pieces(self, run: ModelRun, name: str, offset: int, size: int) -> Iterator[bytes]:
+    def pieces(self, run: ModelRun, name: str, offset: int, size: int) -> Generator[bytes, None, None]:
         path, places = _inside(run, name), range(offset, size, CHUNK)
         requests = ({"path": path, "offset": place, "limit": min(CHUNK, size - place)} for place in places)
         try:
-            for _, data in ahead(self.host.pk, "read", requests):
-                yield data
+            with contextlib.closing(ahead(self.host.pk, "read", requests)) as answers:
+                for _, data in answers:
+                    yield data
         except (PermissionError, IsADirectoryError):  # it leads outside
             raise FileNotFoundError(errno.ENOENT, "there is no such file", name) from None
 

@@ -245,6 +245,8 @@ def test_the_files_of_a_run_are_listed_read_and_checked(machine: Machine) -> Non
     assert transport.read(run, "model/deep/weights", 2_999_000, 5000) == content[2_999_000:]
     assert transport.read(run, "model/deep/weights", 3_000_000, 5000) == b""
     assert transport.read(run, "model/deep/weights", 7, 11) == content[7:18]
+    for offset in (0, 2_999_000, 3_000_000):
+        assert b"".join(transport.pieces(run, "model/deep/weights", offset, 3_000_000)) == content[offset:]
     assert transport.digest(run, "model/deep/weights") == hashlib.sha256(content).hexdigest()
     assert transport.disk_bytes(run) > 3_000_000
 
@@ -258,6 +260,8 @@ def test_what_is_not_there_is_not_found(machine: Machine) -> None:
             machine.transport.open_file(run, name)
     with pytest.raises(FileNotFoundError):
         machine.transport.read(run, "nothing", 0, 10)
+    with pytest.raises(FileNotFoundError):
+        next(machine.transport.pieces(run, "nothing", 0, 10))
     with pytest.raises(FileNotFoundError):
         machine.transport.digest(run, "nothing")
     assert machine.transport.files(run, "nothing") == []
@@ -328,7 +332,7 @@ def remote(sshd: Sshd, keeper: object, owner: User) -> Ssh:
 
 def test_a_text_of_the_site_is_sent_once_and_read_from_there(remote: Ssh, sshd: Sshd, tmp_path: Path) -> None:
     text = tmp_path / "some text.txt"
-    text.write_bytes(b"once upon a time " * 100_000)
+    text.write_bytes(b"once upon a time " * 300_000)
     machine = Machine(remote, sshd.root / "experiments", lambda **_: None)
     spec = a_spec(30, models=("small",)).model_dump(mode="json")
     spec["data"]["source"] = str(text)
@@ -342,7 +346,7 @@ def test_a_text_of_the_site_is_sent_once_and_read_from_there(remote: Ssh, sshd: 
         there = sshd.root / "files" / hashlib.sha256(text.read_bytes()).hexdigest() / text.name
         assert str(there) in read
         assert there.read_bytes() == text.read_bytes()
-    assert progress == [(1 << 20, 1_700_000), (1_700_000, 1_700_000)], "sent once, in pieces"
+    assert progress == [(4 << 20, 5_100_000), (5_100_000, 5_100_000)], "sent once, in pieces"
 
 
 def test_a_folder_is_sent_with_what_is_in_it(remote: Ssh, sshd: Sshd, tmp_path: Path) -> None:
