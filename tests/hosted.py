@@ -4,6 +4,8 @@
         run = a_run(owner, sshd.host(owner), steps=600)
         eventually(lambda: settled(run.experiment))
         all_arrived_once(sshd, run)
+
+The trainer is the fake one, unless a test says otherwise.
 """
 
 from __future__ import annotations

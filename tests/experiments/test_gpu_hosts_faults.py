@@ -80,7 +80,7 @@ def test_a_silent_host_is_called_unreachable_and_nothing_worse(site: Live, sshd:
     page = page_of(run)
     assert f"{host.name} unreachable" in page
     assert "still trying" in page
-    assert host.unreachable_since.isoformat()[:19] in page
+    assert f"{host.unreachable_since:%Y-%m-%dT%H:%M:%S}" in page
     time.sleep(1)
     assert len(events(there(sshd, run) / "events.jsonl")) > step + 50, "it has trained on all the while"
     sshd.resume()
@@ -101,7 +101,8 @@ def test_another_host_key_stops_all_until_it_is_confirmed(site: Live, sshd: Sshd
     host.refresh_from_db()
     assert host.seen_key == sshd.host_key != host.host_key
     for run in runs:
-        eventually(lambda run=run: not agent.status(there(sshd, run))["alive"], what="for training that nobody watches")
+        folder = there(sshd, run)
+        eventually(lambda folder=folder: agent.status(folder)["exit"], what="for training that nobody watches")  # type: ignore[misc]
         run.refresh_from_db()
         assert (run.state, run.step < 200) == (State.RUNNING, True)
         assert "host key has changed" in page_of(run)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import subprocess
 import threading
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from django.db import connections
@@ -20,7 +18,7 @@ from experiments import hosts, jobs
 from experiments.models import Host, HostTask, Reason, State
 from experiments.transport.client import hang_up
 from tests.experiments.test_gpu_hosts_gpus import BOTH
-from tests.hosted import SLOWLY, a_run, all_arrived_once, comes_to, ended, page_of, succeeded, there
+from tests.hosted import SLOWLY, a_run, comes_to, ended, page_of, succeeded
 from tests.live import Live, eventually
 from tests.sshd import Sshd
 
@@ -62,6 +60,7 @@ def test_a_look_says_what_is_there(sshd: Sshd, owner: User) -> None:
     assert "Its clock is 3600 s ahead of this site's." in steps["clock"]["text"]
     assert "ms there and back" in steps["trip"]["text"]
     assert host.facts is not None
+    assert host.readings is not None
     assert len(host.facts["gpus"]) == len(host.readings["gpus"]) == 2
     assert host.env_python == sshd.python
 
