@@ -316,7 +316,7 @@ class Page(threading.Thread):
             answer = json.loads(response.read())
             place = answer["place"]
             self.seen.append((time.time(), answer["models"][0]["cost"]["step"]))
-        connection.close()
+            connection.close()  # gunicorn keeps one for two seconds, and might close it in this very moment
 
     def when(self, step: int) -> float | None:
         return next((moment for moment, reached in self.seen if reached >= step), None)
