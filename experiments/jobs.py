@@ -309,9 +309,12 @@ def _attend(run: ModelRun, detached: Callable[[], bool]) -> bool:
     except HostProblem:
         raise
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        _settle(run, State.FAILED, Reason.DISK_FULL if full else Reason.ERROR, detail=f"could not be started: {error}")
-        return True
+        status = transport.status(run)
+        if status["attempt"] != run.attempt or status["pid"] is None:  # else it has begun, and is to be followed
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            reason = Reason.DISK_FULL if full else Reason.ERROR
+            _settle(run, State.FAILED, reason, detail=f"could not be started: {error}")
+            return True
     except ModelRun.DoesNotExist:
         return True
     try:

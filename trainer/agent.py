@@ -392,7 +392,7 @@ def status(directory: str | Path) -> dict[str, Any]:
 def _read(path: Path) -> dict[str, Any] | None:
     try:
         return json.loads(path.read_text())  # type: ignore[no-any-return]
-    except (OSError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # what else goes wrong says nothing of what was written
         return None
 
 

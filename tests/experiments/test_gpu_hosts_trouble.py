@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import threading
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from experiments import hosts, jobs
 from experiments.models import Host, HostTask, Reason, State
 from experiments.transport.client import hang_up
 from tests.experiments.test_gpu_hosts_gpus import BOTH
-from tests.hosted import SLOWLY, a_run, comes_to, ended, page_of, succeeded
+from tests.hosted import SLOWLY, a_run, comes_to, ended, page_of, succeeded, there
 from tests.live import Live, eventually
 from tests.sshd import Sshd
 
@@ -260,3 +261,18 @@ def test_a_folder_without_permission_holds_a_run_up_and_ends_none(site: Live, ss
     os.chmod(sshd.root, 0o700)
     succeeded(sshd, run)
     assert "cannot be used" not in page_of(run)
+
+
+def test_what_stands_in_the_way_of_a_look_ends_no_run(site: Live, sshd: Sshd, owner: User) -> None:
+    run = a_run(owner, sshd.host(owner, before=sshd.lines(**SLOWLY)), steps=100)
+    comes_to(run, 10)
+    for name in ("run.lock", "process.json"):
+        os.chmod(there(sshd, run) / name, 0)
+        sshd.cut()  # so that it is looked for anew
+        before = run.step
+        if name == "run.lock":  # which is needed to start it, not to follow it
+            comes_to(run, before + 10)
+        else:
+            time.sleep(3)
+        os.chmod(there(sshd, run) / name, 0o600)
+    succeeded(sshd, run)
