@@ -106,7 +106,20 @@ def _runs_of(target: Experiment | ModelRun) -> QuerySet[ModelRun]:
     return runs.filter(experiment=target) if isinstance(target, Experiment) else runs.filter(pk=target.pk)
 
 
-class ModelRunInline(admin.TabularInline):  # type: ignore[type-arg]
+class ShownInline(admin.TabularInline):  # type: ignore[type-arg]
+    """Rows that are shown, and neither added, changed nor deleted here."""
+
+    extra = 0
+    can_delete = False
+
+    def has_add_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        return False
+
+    def has_change_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        return False
+
+
+class ModelRunInline(ShownInline):
     model = ModelRun
     fields = readonly_fields = (
         "run",
@@ -118,14 +131,6 @@ class ModelRunInline(admin.TabularInline):  # type: ignore[type-arg]
         "validation_loss",
         "ended_at",
     )
-    extra = 0
-    can_delete = False
-
-    def has_add_permission(self, request: HttpRequest, obj: Any = None) -> bool:
-        return False
-
-    def has_change_permission(self, request: HttpRequest, obj: Any = None) -> bool:
-        return False
 
     @admin.display(description="model")
     def run(self, run: ModelRun) -> SafeString:
@@ -308,17 +313,6 @@ class Shown(admin.ModelAdmin):  # type: ignore[type-arg]
         return False
 
     def has_delete_permission(self, request: HttpRequest, obj: Any = None) -> bool:
-        return False
-
-
-class ShownInline(admin.TabularInline):  # type: ignore[type-arg]
-    extra = 0
-    can_delete = False
-
-    def has_add_permission(self, request: HttpRequest, obj: Any = None) -> bool:
-        return False
-
-    def has_change_permission(self, request: HttpRequest, obj: Any = None) -> bool:
         return False
 
 
