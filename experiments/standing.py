@@ -147,7 +147,9 @@ class Standing:
 
     experiment: Experiment
     runs: list[RunStanding]
-    transfers: list[Transfer] = field(default_factory=list)  # models on their way here, for a page that shows them
+    # For a page that shows them: models on their way here, and how the machines stand.
+    transfers: list[Transfer] = field(default_factory=list)
+    shows_machines: bool = False
 
     @cached_property
     def speaker(self) -> ModelRun | None:
@@ -249,7 +251,9 @@ class Standing:
         for each in self.runs:
             run = each.run
             seen.append((run.state, run.reason, run.detail, run.last_seq, run.attempt, run.stop_requested))
-            seen.append((run.disk_bytes, each.place, each.away, run.is_active and run.host.readings_at))
+            seen.append((run.disk_bytes, each.place, each.away))
+            if self.shows_machines and run.is_active:
+                seen.append(run.host.readings_at)
         seen += [(each.pk, each.state, each.bytes_done) for each in self.transfers]
         return hashlib.sha256(repr(seen).encode()).hexdigest()[:12]
 

@@ -169,6 +169,7 @@ def _experiment_page(
     request: HttpRequest, experiment: Experiment, form: _NameForm | None = None, status: int = 200
 ) -> HttpResponse:
     (standing,) = standings([experiment])
+    standing.shows_machines = True
     if any(each.run.host.is_remote for each in standing.runs):
         standing.transfers = list(Transfer.objects.filter(run__experiment=experiment))
     seen = polls.seen(request)
