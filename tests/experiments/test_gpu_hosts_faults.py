@@ -164,9 +164,12 @@ def test_a_trainer_that_is_killed_is_said_so_and_goes_on_from_its_checkpoint(
     for run in (killed, orphan):
         comes_to(run, 25)
     # One dies alone; the other with its supervisor, while the host is away, and is lost for nobody before it is back.
+    with open(there(sshd, killed) / "log.txt", "a") as log:
+        log.write("its last words\n")
     kill(process_of(sshd, killed)["trainer"]["pid"])
     assert (ended(killed).state, killed.reason) == (State.FAILED, Reason.KILLED)
-    assert "signal 9" in killed.detail
+    assert killed.detail == "The process was ended by signal 9.\nits last words"
+    assert (killed.directory / "log.txt").read_text() == "its last words\n"
     all_arrived_once(sshd, killed)
     sshd.stop()
     eventually(lambda: Host.objects.get(pk=host.pk).unreachable_since, what="for the news that it is away")

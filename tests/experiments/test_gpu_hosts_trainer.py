@@ -19,7 +19,7 @@ from trainer.spec import ExperimentSpec, parse_spec
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
-STEPS = 300
+STEPS = 120
 MODELS: dict[str, dict[str, Any]] = {
     "small": {"shape": SHAPES["little"]},
     "scaled": {"shape": SHAPES["big"], "init": {"kind": "grow", "parent": "small"}},
@@ -38,9 +38,9 @@ def a_spec(text: Path, *models: str) -> ExperimentSpec:
                 "batch_size": 2,
                 "max_steps": STEPS,
                 "warmup_steps": 2,
-                "eval_every": 50,
+                "eval_every": 40,
                 "eval_tokens": 256,
-                "checkpoint_every": 50,
+                "checkpoint_every": 20,
             },
             "models": {name: MODELS[name] for name in models},
         }
@@ -86,7 +86,7 @@ def test_losses_are_those_of_a_local_run_also_after_a_kill_and_across_hosts(
 
     resumed = small.notes.filter(kind="prepared").order_by("seq").last()
     assert resumed is not None
-    assert resumed.data["resumed_from"] >= 50
+    assert resumed.data["resumed_from"] >= 20
     expected = losses(local)
     assert [step for split, step, _ in expected["small"] if split == "train"] == list(range(1, STEPS + 1))
     for experiment in (remote, mixed):
