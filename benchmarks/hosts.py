@@ -326,7 +326,7 @@ class Openssh:
     """OpenSSH's own client, logging in with the same key, over one connection that is kept open."""
 
     def __init__(self, site: Site, port: int | None = None) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="kangaroo-ssh-"))
+        self.folder = Path(tempfile.mkdtemp(prefix="ssh-", dir=os.environ["KANGAROO_VAR"]))
         key = self.folder / "key"
         key.touch(0o600)
         key.write_text(site.remote.private_key.reveal(site.remote))
