@@ -7,6 +7,7 @@ truth: its folder may be deleted, and the reconciler rings again for what the da
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import stat
@@ -18,6 +19,7 @@ from redis.backoff import ConstantBackoff
 from redis.exceptions import RedisError
 from redis.retry import Retry
 from rq import Queue
+from rq.exceptions import InvalidJobOperation
 from rq.executions import Execution
 from rq.job import Job
 
@@ -88,7 +90,8 @@ def queue(name: str = "default") -> Queue:
 def delete(job: Job) -> None:
     """Take a job out of the queue, in whatever state it is."""
     forget_dead_executions(job)
-    job.delete()
+    with contextlib.suppress(InvalidJobOperation):  # it has ended since, and left nothing
+        job.delete()
     assert job.connection is not None
     job.connection.lrem(queue(job.origin).intermediate_queue.key, 0, job.id)
 

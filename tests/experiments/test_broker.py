@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from django.conf import settings
+from rq import Queue
 
 from experiments import broker
 from tests.live import start_broker
@@ -114,3 +115,9 @@ def test_a_broker_that_is_down_is_given_up_on_soon(monkeypatch: pytest.MonkeyPat
     begun = time.monotonic()
     assert not broker.answers()
     assert time.monotonic() - begun < 5, "a page that submits must not hang"
+
+
+def test_a_job_that_ends_while_it_is_taken_out_is_no_error(queue: Queue) -> None:
+    job = queue.enqueue("experiments.worker.follow", 1, 1)
+    queue.connection.delete(job.key)
+    broker.delete(job)
