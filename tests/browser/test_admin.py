@@ -20,7 +20,7 @@ def test_an_administrator_made_by_the_command_finds_experiments_runs_hosts_users
     page.goto("/admin/")
     page.fill("[name=login]", email)
     page.fill("[name=password]", "a long enough passphrase")
-    page.locator("main button[type=submit]").click()
+    page.get_by_role("button", name="Sign in", exact=True).click()
     expect(page.get_by_role("link", name="Model runs")).to_be_visible()
     for path in ("experiments/experiment", "experiments/modelrun", "experiments/host", "accounts/user"):
         response = page.goto(f"/admin/{path}/")
