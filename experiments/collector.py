@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -28,6 +29,7 @@ from experiments import hosts, jobs, mirror
 from experiments.line import ring_line
 from experiments.models import ACTIVE, Host, HostTask, ModelRun, Removal, State, Transfer
 from experiments.transport import HostProblem, for_host
+from experiments.transport.client import hang_up
 from experiments.transport.keeper import Keeper
 
 log = logging.getLogger(__name__)
@@ -36,6 +38,10 @@ log = logging.getLogger(__name__)
 EVERY = 0.5
 #: Seconds between two readings of a host on which runs train or wait.
 READ_EVERY = 5.0
+#: Transfers from one host at a time; the others wait.
+TRANSFERS = 2
+#: Seconds before what has failed again and again is tried once more, at most.
+LONGEST_PAUSE = 300.0
 
 
 class Collector:
@@ -45,6 +51,7 @@ class Collector:
         self._leaving = threading.Event()
         self._threads: dict[tuple[str, Any], threading.Thread] = {}
         self._not_before: dict[tuple[str, Any], float] = {}
+        self._failures: dict[tuple[str, Any], int] = {}
         self._read_at: dict[int, float] = {}
 
     def leave(self, *_: Any) -> None:
@@ -76,10 +83,13 @@ class Collector:
         for pk in tasks.values_list("pk", flat=True):
             self._do("task", pk, partial(self._task, pk))
         transfers = Transfer.objects.filter(state__in=[Transfer.State.WANTED, Transfer.State.RUNNING])
-        for pk in transfers.values_list("pk", flat=True):
-            self._do("transfer", pk, partial(self._transfer, pk))
-        for pk in Removal.objects.values_list("pk", flat=True):
-            self._do("removal", pk, partial(self._remove, pk))
+        of_host: Counter[int] = Counter()
+        for pk, host in transfers.order_by("created", "pk").values_list("pk", "run__host"):
+            of_host[host] += 1
+            if of_host[host] <= TRANSFERS:
+                self._do("transfer", pk, partial(self._transfer, pk))
+        for host in Removal.objects.order_by().values_list("host", flat=True).distinct():
+            self._do("removals", host, partial(self._remove, host))
         busy = Host.objects.filter(runs__state__in=ACTIVE).exclude(kind=Host.Kind.WORKER).distinct()
         for pk in busy.values_list("pk", flat=True):
             if time.monotonic() - self._read_at.get(pk, -READ_EVERY) >= READ_EVERY:
@@ -94,15 +104,20 @@ class Collector:
             return
 
         def guarded() -> None:
-            again = 2.0  # what fails every time must not do so many times a second
+            again = 2.0
             try:
                 again = work() or 0.0
+                self._failures.pop(name, None)
             except HostProblem as problem:
                 log.info("%s %s: %s", what, key, problem.message)
             except Exception:
+                # What fails every time must neither do so many times a second nor fill the log.
+                self._failures[name] = failures = self._failures.get(name, 0) + 1
+                again = min(LONGEST_PAUSE, 2.0**failures)
                 log.exception("%s %s", what, key)
             finally:
                 self._not_before[name] = time.monotonic() + again
+                hang_up()
                 connections.close_all()
 
         self._threads = {key: each for key, each in self._threads.items() if each.is_alive()}
@@ -133,7 +148,7 @@ class Collector:
             return 3.0  # it goes on when the host is back
         except mirror.Unwanted:
             return None
-        except OSError as error:
+        except (OSError, ValueError) as error:
             mirror.settle(transfer, error=str(error))
         finally:
             mirror.clear_up(transfer.run)
@@ -141,21 +156,25 @@ class Collector:
             ring_line(child.host)
         return None
 
-    def _remove(self, pk: int) -> float | None:
-        removal = Removal.objects.select_related("host").filter(pk=pk).first()
-        if removal is not None:
+    def _remove(self, host: int) -> float | None:
+        again = None
+        for removal in Removal.objects.select_related("host").filter(host=host).order_by("created"):
             try:
                 for_host(removal.host).remove(removal.experiment_id)
             except HostProblem:
                 return 3.0
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 log.info("experiment %s on %s is not removed yet: %s", removal.experiment_id, removal.host, error)
-                return 30.0
+                again = 30.0
+                continue
             removal.delete()
-        return None
+        return again
 
     def _read(self, pk: int) -> None:
         host = Host.objects.filter(pk=pk).first()
         if host is not None:
             readings = for_host(host).readings()
             Host.objects.filter(pk=pk).update(readings=readings, readings_at=timezone.now())
+            if host.runs.filter(state=State.QUEUED).exists():
+                host.refresh_from_db()
+                ring_line(host)  # they wait for GPUs that nobody has looked at until now

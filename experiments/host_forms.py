@@ -12,6 +12,7 @@ from decimal import Decimal
 from typing import Any
 
 from django import forms
+from django.conf import settings
 from django.core.exceptions import ValidationError
 
 from accounts.models import User
@@ -136,6 +137,13 @@ class HostForm(forms.ModelForm):  # type: ignore[type-arg]  # generic for the ty
     def opens_fold(self) -> bool:
         """Whether something in there wants to be seen."""
         return any(field.errors for field in self.folded)
+
+    def clean(self) -> dict[str, Any]:
+        cleaned: dict[str, Any] = super().clean() or {}
+        most = settings.MAX_HOSTS_PER_USER
+        if most and self.instance.pk is None and Host.objects.owned_by(self.owner).count() >= most:
+            raise ValidationError(f"You have {most} machines here, which is what is allowed. Delete one first.")
+        return cleaned
 
     def clean_name(self) -> str:
         name = _one_line("Name", self.cleaned_data["name"])

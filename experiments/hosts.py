@@ -19,7 +19,7 @@ from django.utils import timezone
 
 from experiments.credentials import fingerprint
 from experiments.models import Host, HostTask
-from experiments.transport import HostProblem
+from experiments.transport import HostProblem, answers
 from experiments.transport.client import call
 from experiments.transport.package import requirements
 
@@ -45,8 +45,10 @@ SET_UP_STEPS = {"environment": "A virtual environment with what training needs"}
 MODULES = ("torch", "transformers", "tokenizers", "datasets", "safetensors", "pydantic", "numpy", "filelock", "tqdm")
 #: A clock that is further off (seconds) is worth a word: times on the pages are the host's own.
 CLOCK = 5.0
-#: Bytes of a set-up's log that are kept.
-MOST_LOG = 200_000
+#: Bytes of a set-up's log that are kept; after how many more it is not read on. Tasks of a host that are remembered.
+MOST_LOG, MOST_READ, TASKS_KEPT = 200_000, 50_000_000, 10
+#: Pieces of it that are read at a time.
+PIECES = 50
 #: How the set-up's last word begins, a JSON object behind it.
 ENVIRONMENT = "KANGAROO-ENV "
 
@@ -82,7 +84,13 @@ def perform(task: HostTask, leaving: Callable[[], bool] = lambda: False) -> None
     except OSError as error:
         steps.fail_current(f"The host answered with an error: {_cut(str(error))}", "Look again; the log may say more.")
         state = HostTask.State.FAILED
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError):
+        log.info("host %s answered what cannot be", task.host_id, exc_info=True)
+        steps.fail_current("The host gave an answer that cannot be.", "Look again; its trainer may be damaged.")
+        state = HostTask.State.FAILED
     active.update(state=state, ended_at=timezone.now())
+    kept = task.host.tasks.order_by("-created").values_list("pk", flat=True)[:TASKS_KEPT]
+    HostTask.objects.filter(host=task.host_id, ended_at__isnull=False).exclude(pk__in=list(kept)).delete()
 
 
 class _Cancelled(Exception):
@@ -168,7 +176,7 @@ def _probe(host: Host, steps: _Steps) -> None:
 
     steps.begin("torch")
     before = time.time()
-    facts, _ = call(host.pk, "facts", timeout=300)
+    facts = answers.facts(call(host.pk, "facts", timeout=300)[0])
     missing = _missing(host, hello["executable"])
     python = "" if missing else str(hello["executable"])
     Host.objects.filter(pk=host.pk).update(facts=facts, probed_at=timezone.now(), env_python=python)
@@ -181,14 +189,15 @@ def _probe(host: Host, steps: _Steps) -> None:
     else:
         torch = facts["torch"] or {}
         cuda = f"CUDA {torch['cuda']}" if torch.get("cuda") else "without CUDA"
-        steps.done(f"torch {torch.get('version', '?')}, {cuda}; transformers {facts.get('transformers') or '?'}.")
+        steps.done(f"torch {torch.get('version') or '?'}, {cuda}; transformers {facts.get('transformers') or '?'}.")
 
     steps.begin("gpus")
     _say_gpus(facts, steps)
 
     steps.begin("room")
-    free = facts["disk_free_bytes"] / 1e9
-    room = f"{facts['cores']} cores, {facts['memory_bytes'] / 1e9:.0f} GB of memory, {free:.0f} GB of disk free."
+    free = (facts.get("disk_free_bytes") or 0) / 1e9
+    memory = (facts.get("memory_bytes") or 0) / 1e9
+    room = f"{facts.get('cores') or '?'} cores, {memory:.0f} GB of memory, {free:.0f} GB of disk free."
     if free < 5:
         steps.warn(room, "A model and its checkpoints may not fit: make room, or name a working folder elsewhere.")
     else:
@@ -216,7 +225,7 @@ def _probe(host: Host, steps: _Steps) -> None:
     steps.begin("trip")
     trips = [call(host.pk, "keeper.ping")[0]["seconds"] for _ in range(5)]
     steps.done(f"{statistics.median(trips) * 1000:.0f} ms there and back.")
-    readings, _ = call(host.pk, "readings")
+    readings = answers.readings(call(host.pk, "readings")[0])
     Host.objects.filter(pk=host.pk).update(readings=readings, readings_at=timezone.now())
 
 
@@ -274,15 +283,18 @@ def _set_up(task: HostTask, steps: _Steps, leaving: Callable[[], bool]) -> bool:
     begun, _ = call(host.pk, "begin", name="set-up", command=command, env={}, attempt=task.pk)
     if begun["outcome"] != "started":
         held = 0  # we come back to it
-    task.log = ""
+    task.log, read = "", 0
     while True:
         try:
             status, _ = call(host.pk, "task", name="set-up")
-            while data := call(host.pk, "read", path="tasks/set-up/log.txt", offset=held, limit=65_536)[1]:
-                held += len(data)
+            for _ in range(PIECES):  # no more before it is looked whether somebody cancelled
+                data = call(host.pk, "read", path="tasks/set-up/log.txt", offset=held, limit=65_536)[1]
+                held, read = held + len(data), read + len(data)
                 task.log = (task.log + data.decode("utf-8", "replace").replace("\0", "�"))[-MOST_LOG:]
-                HostTask.objects.filter(pk=task.pk).update(log=task.log)
-            if not status["alive"]:
+                if not data or read > MOST_READ:
+                    break
+            HostTask.objects.filter(pk=task.pk).update(log=task.log)
+            if not status["alive"] and (not data or read > MOST_READ):
                 break
         except HostProblem as problem:
             if problem.kind != Host.Problem.UNREACHABLE:

@@ -19,6 +19,8 @@ from pydantic import ValidationError
 from experiments.models import ModelRun, Note, Point, Reason, State
 from trainer.events import Event, parse_event
 
+#: Bytes of a line; a longer one is no event of ours.
+MOST_LINE = 64 << 10
 #: Kinds that are points on a curve, or (preparing) only worth their newest.
 _NOT_NOTED = frozenset({"train", "preparing"})
 _POINT_FIELDS = [
@@ -111,6 +113,11 @@ def _offset(run: ModelRun) -> int:
 
 
 def _parse(line: bytes) -> Event | None:
+    event = _event(line) if len(line) <= MOST_LINE else None
+    return event if event is not None and _can_be(event) else None
+
+
+def _event(line: bytes) -> Event | None:
     try:
         return parse_event(line)
     except ValidationError:
@@ -118,8 +125,19 @@ def _parse(line: bytes) -> Event | None:
     try:  # JSON has no NaN; a figure that was none is written as null
         fields = json.loads(line)
         return parse_event(json.dumps({k: math.nan if v is None else v for k, v in fields.items()}))
-    except (ValidationError, ValueError, AttributeError):
+    except (ValidationError, ValueError, AttributeError, RecursionError):
         return None
+
+
+def _can_be(event: Event) -> bool:
+    """Whether a trainer of ours may have said so, and columns can hold it: users' machines may say anything."""
+    for name, value in event:
+        if isinstance(value, int) and not -1 <= value < (1 << 31 if name in ("step", "total_steps") else 1 << 62):
+            return False
+        if isinstance(value, float) and math.isfinite(value) and abs(value) > 1e100 and name != "perplexity":
+            return False
+    step = getattr(event, "step", None)
+    return (step is None or step >= 0) and event.at.tzinfo is not None and 2000 <= event.at.year < 2200
 
 
 def _unreadable(run: ModelRun, line: bytes, offset: int) -> Note:
@@ -145,8 +163,8 @@ def _point(run: ModelRun, event: Any) -> Point:
         split=Point.Split.TRAIN if event.kind == "train" else event.split,
         step=event.step,
         tokens=event.tokens,
-        flops=event.flops,
-        train_seconds=event.train_seconds,
+        flops=_number(event.flops) or 0.0,
+        train_seconds=_number(event.train_seconds) or 0.0,
         cross_entropy=_number(event.cross_entropy),
         accuracy=_number(getattr(event, "accuracy", None)),
         bits_per_byte=_number(getattr(event, "bits_per_byte", None)),

@@ -24,7 +24,7 @@ from uuid import UUID
 from django.conf import settings
 from django.core.cache import cache
 from django.db import InterfaceError, OperationalError, connections, transaction
-from django.db.models import Q, Sum
+from django.db.models import Q
 from django.utils import timezone
 
 from accounts.models import User
@@ -127,9 +127,12 @@ def resume(target: Experiment | ModelRun) -> list[ModelRun]:
     for run in list(wanted.values()):
         for other in [*_unfinished_ancestors(run), *_waiting_descendants(run)]:
             wanted.setdefault(other.pk, other)
+    experiment = target if isinstance(target, Experiment) else target.experiment
+    for run in wanted.values():
+        if not run.host.serves(experiment.owner):
+            raise LimitReached(f"{run.host} is not there for you any more: start the experiment anew on another host.")
     resumed = []
     with transaction.atomic():
-        experiment = target if isinstance(target, Experiment) else target.experiment
         if experiment.owner is not None and wanted:
             _check_limits(experiment.owner, len(wanted))
         for run in wanted.values():
@@ -207,7 +210,7 @@ def _check_limits(owner: User, more: int) -> None:
             f"The disk of this site has {free:.1f} GB left; below {least:g} GB nothing new is begun. Delete what is "
             "no longer needed, or tell the administrator."
         )
-    used, disk = runs.aggregate(Sum("disk_bytes"))["disk_bytes__sum"] or 0, settings.MAX_DISK_GB_PER_USER
+    used, disk = mirror.bytes_here(owner), settings.MAX_DISK_GB_PER_USER
     if disk and used >= disk * 10**9:
         raise LimitReached(
             f"Your experiments take {used / 1e9:.1f} GB of disk; {disk} GB are allowed. Delete some of them first."
@@ -304,14 +307,16 @@ def _attend(run: ModelRun, detached: Callable[[], bool]) -> bool:
         while transport.start(run) == "already" and transport.status(run)["attempt"] != run.attempt:
             if detached():
                 return False
+            if not _still_wanted(run, transport):
+                return True
             transport.stop(run, 0)
             time.sleep(0.2)
     except HostProblem:
         raise
-    except OSError as error:
+    except (OSError, ValueError) as error:
         status = transport.status(run)
         if status["attempt"] != run.attempt or status["pid"] is None:  # else it has begun, and is to be followed
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
             reason = Reason.DISK_FULL if full else Reason.ERROR
             _settle(run, State.FAILED, reason, detail=f"could not be started: {error}")
             return True
@@ -351,6 +356,8 @@ def _begin(run: ModelRun) -> bool:
         _settle(run, State.CANCELLED, Reason.STOPPED)
     elif run.parent is not None and run.parent.state in RESUMABLE:
         _settle(run, State.CANCELLED, Reason.PARENT_ENDED, detail=_parent_ended(run.parent))
+    elif not run.host.serves(run.experiment.owner):
+        _settle(run, State.FAILED, Reason.ERROR, detail=f"{run.host} is not there for its owner any more.")
     elif line.waits_for_parent(run):
         ModelRun.objects.filter(pk=run.pk, state=State.QUEUED).update(reason=Reason.WAITING_FOR_PARENT)
     elif (most := line.most_gpus(run.host)) is not None and run.gpus_wanted > most:
@@ -370,6 +377,11 @@ def _read(run: ModelRun, transport: Transport, detached: Callable[[], bool]) -> 
     stream = transport.tail(run, run.offset)
     while (frame := next(stream, None)) is not None:
         if frame.kind == "D":
+            if is_remote and frame.offset + len(frame.data) > mirror.MOST_EVENTS:
+                transport.stop(run, 0)
+                detail = f"It told more than {mirror.MOST_EVENTS >> 20} MB of events; no more are taken in."
+                _settle(run, State.FAILED, Reason.ERROR, detail=detail)
+                return True
             if is_remote:
                 mirror.keep(run, "events.jsonl", frame.offset, frame.data)
             reached = ingest(run, frame.data, frame.offset)

@@ -11,6 +11,7 @@ import contextlib
 import logging
 from collections import Counter
 from collections.abc import Iterable
+from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
@@ -24,12 +25,12 @@ from rq.job import Job, JobStatus
 
 from experiments import broker
 from experiments.models import Host, ModelRun, Reason, State, Transfer
-from experiments.transport import for_host
-from experiments.transport.base import HostProblem
 from trainer.machine import free_gpus
 
 log = logging.getLogger(__name__)
 
+#: What is known of a host's GPUs for longer is not how they stand now.
+FRESH = timedelta(seconds=30)
 #: The job that RQ calls, by name: a worker needs nothing of it before the job begins.
 FOLLOW = "experiments.worker.follow"
 
@@ -72,7 +73,7 @@ def _before(run: ModelRun) -> Any:
 
 def claim(run: ModelRun) -> bool:
     """Take a place on the host for `run`: whether it got one. However many workers try, no place is given twice."""
-    gpus = _gpus(run.host)  # outside the transaction: the host is asked
+    gpus = _gpus(run.host)
     with transaction.atomic():
         host = Host.objects.select_for_update().get(pk=run.host_id)
         running = list(ModelRun.objects.filter(host=host, state=State.RUNNING).values_list("gpus", flat=True))
@@ -101,13 +102,11 @@ def _gpus(host: Host) -> list[dict[str, Any]] | None:
     """The GPUs of the host as they are now, none where it does not answer; None if it is known to have none."""
     if most_gpus(host) is None:
         return None
-    if host.problem:  # no worker is to wait for it; the collector, which goes on trying, says when it is back
+    # Read by the collector, every few seconds while something trains or waits there. No worker, which serves everybody,
+    # is to wait for a host that does not answer, or takes its time; the collector rings when it has.
+    if host.problem or host.readings_at is None or timezone.now() - host.readings_at > FRESH:
         return []
-    try:
-        return _chosen(host, for_host(host).readings()["gpus"])
-    except (HostProblem, OSError) as problem:
-        log.warning("the GPUs of %s are not known now (%s)", host, problem)
-        return []
+    return _chosen(host, (host.readings or {}).get("gpus") or [])
 
 
 def _chosen(host: Host, gpus: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -17,8 +18,10 @@ from pathlib import Path
 
 from django.conf import settings
 from django.db import transaction
+from django.db.models import Sum
 from django.utils import timezone
 
+from accounts.models import User
 from experiments.models import Experiment, Host, ModelRun, Transfer
 from experiments.transport import File, Transport, for_host
 
@@ -26,6 +29,11 @@ from experiments.transport import File, Transport, for_host
 CHUNK = 1 << 20
 #: Bytes of a log that are brought here, at most: what comes first says what went wrong, but a loop can print for days.
 MOST_LOG = 20 << 20
+#: Bytes of events that a run on a host may tell: a million steps. What tells more is not a trainer of ours.
+MOST_EVENTS = 256 << 20
+#: Files that a model may have; each is opened when it is downloaded. Their names end in other people's file systems.
+MOST_FILES = 200
+_NAME = re.compile(r"(?!\.)[A-Za-z0-9._ +=-]{1,100}(/(?!\.)[A-Za-z0-9._ +=-]{1,100}){0,4}")
 
 
 class Unwanted(Exception):
@@ -94,15 +102,53 @@ def fetch(transfer: Transfer, transport: Transport, leaving: Callable[[], bool])
     files = transport.files(run, folder)
     if not files:
         raise FileNotFoundError(f"The host has no {transfer.name} any more; only the newest checkpoints are kept.")
+    if len(files) > MOST_FILES or not all(_NAME.fullmatch(file.path.removeprefix(f"{folder}/")) for file in files):
+        raise Damaged(f"What the host calls {transfer.name} is none: too many files, or names that none has.")
     incoming = run.directory / f".{transfer.name}.incoming"
     progress = _Progress(transfer, sum(file.size for file in files))
+    _check_room(transfer, progress.total)
+    _clear_unlisted(incoming, {str(Path(file.path).relative_to(folder)) for file in files})
     for file in files:
         inside = Path(file.path).relative_to(folder)
         if not _bring(run, transport, file, incoming / inside, progress, leaving):
             return False
+    progress.tell()
     final.parent.mkdir(parents=True, exist_ok=True)
     incoming.rename(final)
     return True
+
+
+def _clear_unlisted(incoming: Path, listed: set[str]) -> None:
+    """Of an earlier try, forget what the host no longer lists, so that no more stands here than is counted."""
+    for path in incoming.rglob("*"):
+        if path.is_file() and str(path.relative_to(incoming)).removesuffix(".part") not in listed:
+            path.unlink()
+
+
+def bytes_here(owner: User) -> int:
+    """What the experiments of `owner` take on this machine's disk. What is on a host's disk is its owner's affair."""
+    runs = ModelRun.objects.filter(experiment__owner=owner)
+    away = runs.filter(host__kind=Host.Kind.SSH)
+    used = [
+        runs.exclude(host__kind=Host.Kind.SSH).aggregate(bytes=Sum("disk_bytes")),
+        away.aggregate(bytes=Sum("offset")),
+        Transfer.objects.filter(run__in=away).aggregate(bytes=Sum("bytes_done")),
+    ]
+    return sum(each["bytes"] or 0 for each in used)
+
+
+def _check_room(transfer: Transfer, size: int) -> None:
+    """Refuse what the site has no room for, or its owner no more of it. No more comes than the host has announced."""
+    more = size - transfer.bytes_done
+    free = shutil.disk_usage(settings.VAR).free - more
+    if free < settings.MIN_FREE_DISK_GB * 1e9:
+        raise OSError(f"This site's disk has no room for another {more / 1e9:.1f} GB; tell the administrator.")
+    owner, most = transfer.run.experiment.owner, settings.MAX_DISK_GB_PER_USER
+    if owner is not None and most and bytes_here(owner) + more > most * 1e9:
+        raise OSError(
+            f"With its {size / 1e9:.1f} GB your experiments would take more than {most} GB of this site's disk, which "
+            "is what is allowed. Delete some of them first."
+        )
 
 
 def _bring(
@@ -145,10 +191,13 @@ class _Progress:
     def add(self, size: int) -> None:
         self.done += size
         if time.monotonic() - self.told >= 1.0:
-            self.told = time.monotonic()
-            row = Transfer.objects.filter(pk=self.transfer.pk)
-            if not row.update(bytes_done=self.done, bytes_total=self.total):
-                raise Unwanted(f"{self.transfer.name} is not wanted any more")
+            self.tell()
+
+    def tell(self) -> None:
+        self.told = time.monotonic()
+        row = Transfer.objects.filter(pk=self.transfer.pk)
+        if not row.update(bytes_done=self.done, bytes_total=self.total):
+            raise Unwanted(f"{self.transfer.name} is not wanted any more")
 
 
 def settle(transfer: Transfer, error: str = "") -> None:

@@ -23,6 +23,8 @@ from trainer.spec import ExperimentSpec, ModelSpec
 
 #: Rows of the table that stands for a chart.
 TABLE_ROWS = 40
+#: Samples and warnings that a page looks at: the newest.
+NOTES = 1000
 
 
 class Row(NamedTuple):
@@ -196,7 +198,9 @@ class Report:
     @cached_property
     def _notes(self) -> list[Note]:
         runs = [each.run.pk for each in self.models]
-        return list(Note.objects.filter(run__in=runs, kind__in=("sample", "warning")).order_by("run__position", "seq"))
+        notes = Note.objects.filter(run__in=runs, kind__in=("sample", "warning"))
+        newest = list(notes.select_related("run").order_by("-at", "-seq")[:NOTES])
+        return sorted(newest, key=lambda note: (note.run.position, note.seq))
 
     @cached_property
     def samples(self) -> list[Sample]:

@@ -281,6 +281,7 @@ FETCH_MODELS_GB = env.float("FETCH_MODELS_GB", 5.0)
 #: Limits a user, guests included, may not pass. 0: none.
 MAX_ACTIVE_RUNS_PER_USER = env.int("MAX_ACTIVE_RUNS_PER_USER", 30)
 MAX_DISK_GB_PER_USER = env.int("MAX_DISK_GB_PER_USER", 50)
+MAX_HOSTS_PER_USER = env.int("MAX_HOSTS_PER_USER", 20)
 #: The most text that one experiment may be trained on, from wherever it comes. 0: any.
 MAX_TEXT_GB = env.float("MAX_TEXT_GB", 20.0)
 #: With less room than this left, nothing new is taken on. 0: no matter.

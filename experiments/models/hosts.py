@@ -153,6 +153,11 @@ class Host(models.Model):
     def may_change(self, user: User) -> bool:
         return self.is_remote and user.is_authenticated and not user.is_guest and self.owner_id == user.pk
 
+    def serves(self, user: User | None) -> bool:
+        """Whether runs of `user` may begin there, as far as its owner goes: it may have been offered, and no longer."""
+        owner = None if user is None else user.pk
+        return not self.is_remote or (self.retired_at is None and (self.offered or self.owner_id == owner))
+
     @classmethod
     def local(cls) -> Host:
         return cls.objects.get_or_create(

@@ -27,7 +27,7 @@ _NETWORKS: dict[str, tuple[str, ...]] = {
 }
 #: Where clouds hand credentials to whoever asks. Each lies in a network that may be allowed for other reasons.
 _METADATA = frozenset(map(ip_address, ("169.254.169.254", "169.254.170.2", "fd00:ec2::254", "100.100.100.200")))
-_NAT64 = ip_network("64:ff9b::/96")
+_NAT64, _GIVEN_OUT = ip_network("64:ff9b::/96"), ip_network("2000::/3")
 
 
 def resolve(address: str, port: int) -> str:
@@ -57,7 +57,12 @@ def is_allowed(ip: Address) -> bool:
         return False
     if any(_within(ip, word) for word in _NETWORKS):
         return any(_within(ip, word) for word in words)
-    return "public" in words and ip.is_global and not ip.is_multicast
+    return "public" in words and _is_public(ip)
+
+
+def _is_public(ip: Address) -> bool:
+    """Of IPv6 only what is given out: what else counts as global holds forms that stand for an IPv4 address."""
+    return ip.is_global and not ip.is_multicast and (ip.version == 4 or ip in _GIVEN_OUT)
 
 
 def _lookup(address: str, port: int) -> list[Address]:
@@ -88,7 +93,7 @@ def _kind(ip: Address) -> str:
     for word, said in (("loopback", "a loopback"), ("link-local", "a link-local"), ("private", "a private")):
         if _within(ip, word):
             return f"{said} address"
-    return "a public address" if ip.is_global and not ip.is_multicast else "an address that no machine has"
+    return "a public address" if _is_public(ip) else "an address that no machine has"
 
 
 def _within(ip: Address, word: str) -> bool:

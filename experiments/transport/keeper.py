@@ -37,12 +37,14 @@ import asyncssh
 from django.conf import settings
 from django.db import Error as DatabaseError
 from django.db import connections
+from django.db.models import Value
+from django.db.models.functions import Coalesce
 from django.utils import timezone
 
 from accounts.ring import KeyRingError
 from experiments import credentials
 from experiments.models import Host
-from experiments.transport import link, package
+from experiments.transport import answers, link, package
 from experiments.transport.base import HostProblem
 from experiments.transport.link import KeyChanged, Place, Relay, Session
 from trainer import wire
@@ -472,8 +474,8 @@ class _Line:
         fields = {"problem": problem.kind, "problem_text": problem.message[:500], **more}
 
         def write() -> None:
-            Host.objects.filter(pk=pk).update(**fields)
-            Host.objects.filter(pk=pk, unreachable_since=None).update(unreachable_since=since)
+            first = Coalesce("unreachable_since", Value(since))
+            Host.objects.filter(pk=pk).update(**fields, unreachable_since=first)
 
         self._keeper.note(pk, write)
 
@@ -573,7 +575,7 @@ def _checked(answer: dict[str, Any]) -> dict[str, Any]:
     """A host's answer as it may be handed on: an error of a host's is a file that is not there, not one of ours."""
     error = answer.get("error")
     if error is None:
-        return {"ok": answer.get("ok")}
+        return {"ok": answers.plain(answer.get("ok"))}
     error = error if isinstance(error, dict) else {}
     kind, number = error.get("type"), error.get("errno")
     return {

@@ -19,6 +19,7 @@ import functools
 import hashlib
 import io
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path, PurePosixPath
@@ -28,6 +29,7 @@ from uuid import UUID
 from django.conf import settings
 
 from experiments.models import Host, ModelRun
+from experiments.transport import answers
 from experiments.transport.base import File, Frame, HostProblem, Outcome, Status
 from experiments.transport.client import ahead, call
 from trainer.shape import CheckpointInit
@@ -35,9 +37,9 @@ from trainer.spec import ExperimentSpec, PretrainedTokenizer, is_path
 
 #: Bytes asked for at a time, several times at once; bytes sent at a time, one after the other.
 CHUNK, SENT = 1 << 20, 4 << 20
-#: Seconds that the host holds a request for events open until there are some.
-WAIT = 1.0
-_MOST_FILES = 10_000
+#: Seconds that the host holds a request for events open until there are some; seconds between two requests, at least.
+WAIT, PACE = 1.0, 0.1
+_MOST_FILES, _LARGEST = 10_000, 1 << 45
 #: What of a checkpoint is large, and nothing that its tokenizer needs.
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf"}
 
@@ -94,9 +96,13 @@ class Ssh:
 
     def status(self, run: ModelRun) -> Status:
         status = self.ask("status", run=_name(run))
-        _member(status, "attempt", int)
-        _member(status, "alive", bool)
-        return cast(Status, status)
+        return {
+            "attempt": _member(status, "attempt", int),
+            "alive": _member(status, "alive", bool),
+            "pid": status.get("pid") if isinstance(status.get("pid"), int) else None,
+            "at": status["at"] if isinstance(status.get("at"), float) else None,
+            "exit": answers.ended(status.get("exit")),
+        }
 
     def stop(self, run: ModelRun, grace: float) -> bool:
         gone: bool = _member(self.ask("stop", run=_name(run), grace=grace), "gone", bool)
@@ -104,14 +110,18 @@ class Ssh:
 
     def tail(self, run: ModelRun, offset: int) -> Iterator[Frame]:
         while True:
+            asked = time.monotonic()
             found, data = call(self.host.pk, "tail", run=_name(run), offset=offset, wait=WAIT)
             frame = Frame(_member(found, "kind", str), _member(found, "offset", int), data)
-            if frame.offset != offset or (frame.kind == "D") != data.endswith(b"\n"):
+            whole = data.endswith(b"\n") if frame.kind == "D" else not data
+            if frame.offset != offset or not whole:
                 raise _nonsense(f"events from byte {frame.offset} where {offset} was asked for")
             yield frame
             if frame.kind == "E":
                 return
             offset += len(data)
+            if len(data) < CHUNK // 8:  # there is nothing to catch up on, whatever the hurry of the host
+                time.sleep(max(0.0, asked + PACE - time.monotonic()))
 
     # Its files -------------------------------------------------------------------------------------------------------
 
@@ -122,7 +132,7 @@ class Ssh:
     def read(self, run: ModelRun, name: str, offset: int, limit: int) -> bytes:
         path = _inside(run, name)
         try:
-            return call(self.host.pk, "read", path=path, offset=offset, limit=min(limit, CHUNK))[1]
+            return call(self.host.pk, "read", path=path, offset=offset, limit=min(limit, CHUNK))[1][:limit]
         except (PermissionError, NotADirectoryError):  # it leads outside, or nowhere
             raise FileNotFoundError(errno.ENOENT, "there is no such file", name) from None
 
@@ -130,9 +140,9 @@ class Ssh:
         path, places = _inside(run, name), range(offset, size, CHUNK)
         requests = ({"path": path, "offset": place, "limit": min(CHUNK, size - place)} for place in places)
         try:
-            with contextlib.closing(ahead(self.host.pk, "read", requests)) as answers:
-                for _, data in answers:
-                    yield data
+            with contextlib.closing(ahead(self.host.pk, "read", requests)) as pieces:
+                for place, (_, data) in zip(places, pieces, strict=True):
+                    yield data[: size - place]
         except (PermissionError, IsADirectoryError):  # it leads outside
             raise FileNotFoundError(errno.ENOENT, "there is no such file", name) from None
 
@@ -146,7 +156,8 @@ class Ssh:
         files = []
         for entry in listed:
             path, size = entry if isinstance(entry, list) and len(entry) == 2 else ("", 0)
-            if not isinstance(path, str) or not isinstance(size, int) or not _is_plain(path):
+            is_file = isinstance(path, str) and isinstance(size, int) and 0 <= size < _LARGEST
+            if not is_file or not _is_plain(path):
                 raise _nonsense("its list of files")
             files.append(File(f"{folder}/{path}", size))
         return sorted(files)
@@ -160,7 +171,7 @@ class Ssh:
 
     def disk_bytes(self, run: ModelRun) -> int:
         size: int = _member(self.ask("disk_bytes", run=_name(run)), "bytes", int)
-        return size
+        return max(0, size)
 
     # The host itself -------------------------------------------------------------------------------------------------
 
@@ -174,10 +185,7 @@ class Ssh:
         return [UUID(str(name)) for name in names]
 
     def readings(self) -> dict[str, Any]:
-        readings = self.ask("readings")
-        if not isinstance(readings, dict):
-            raise _nonsense("its readings")
-        return readings
+        return answers.readings(self.ask("readings"))
 
     # Sending ---------------------------------------------------------------------------------------------------------
 

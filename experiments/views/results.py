@@ -531,7 +531,7 @@ def fetch(request: HttpRequest, pk: UUID, name: str, checkpoint: str) -> HttpRes
     """Ask for a model or checkpoint that stands on a GPU host; the collector brings it."""
     experiment = _own(request, pk)
     run = get_object_or_404(experiment.runs.select_related("host"), name=name)
-    if not run.host.is_remote or not re.fullmatch(r"model|step-\d{1,12}", checkpoint):
+    if not run.host.is_remote or checkpoint not in {"model"} | _on_host(run):
         raise Http404("No such checkpoint")
     wanted = {"state": Transfer.State.WANTED, "error": "", "ended_at": None, "created": timezone.now()}
     transfer, made = Transfer.objects.get_or_create(run=run, name=checkpoint, defaults=wanted)
