@@ -129,5 +129,5 @@ def test_ports_may_be_restricted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve("gpu.example", 40022) == "8.8.8.8"
     monkeypatch.setattr(settings, "HOSTS_PORTS", [22, 2222])
     assert resolve("gpu.example", 2222) == "8.8.8.8"
-    with pytest.raises(HostProblem, match="Port 40022 is not allowed.*22, 2222"):
+    with pytest.raises(HostProblem, match=r"Port 40022 is not allowed.*22, 2222"):
         resolve("gpu.example", 40022)
