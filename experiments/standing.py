@@ -202,7 +202,7 @@ class Standing:
         if len(known) < len(shares) or not known:
             return None
         flops = [self._flops_a_step(each) for each in self.runs]
-        weights = [each.total or 1 for each in self.runs]
+        weights: list[float] = [each.total or 1 for each in self.runs]
         if all(flops):
             weights = [weight * (each or 0) for weight, each in zip(weights, flops, strict=True)]
         return sum(share * weight for share, weight in zip(known, weights, strict=True)) / sum(weights)
