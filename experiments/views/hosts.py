@@ -12,7 +12,7 @@ import base64
 import contextlib
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import Any
 
@@ -23,6 +23,7 @@ from allauth.account.internal.flows import reauthentication
 from allauth.core import ratelimit
 from django.contrib import messages
 from django.contrib.auth.views import redirect_to_login
+from django.core.cache import cache
 from django.db import IntegrityError, transaction
 from django.http import Http404, HttpRequest, HttpResponse
 from django.shortcuts import get_object_or_404, redirect, render
@@ -262,7 +263,8 @@ def _scan(request: HttpRequest, host: Host) -> None:
         messages.error(request, TOO_OFTEN)
         return
     try:
-        found, _ = call(host.pk, "keeper.scan", timeout=SCAN_SECONDS)
+        with _one_at_a_time(request):
+            found, _ = call(host.pk, "keeper.scan", timeout=SCAN_SECONDS)
     except (OSError, ValueError) as problem:
         messages.error(request, f"{host.name} did not show its host key. {_said(problem)}")
         return
@@ -377,7 +379,8 @@ def _by_password(request: SignedInRequest, host: Host) -> HttpResponse:
             form.add_error("password", TOO_OFTEN)
         else:
             try:
-                call(host.pk, "keeper.install_key", password=form.cleaned_data["password"], timeout=INSTALL_SECONDS)
+                with _one_at_a_time(request):
+                    call(host.pk, "keeper.install_key", password=form.cleaned_data["password"], timeout=INSTALL_SECONDS)
             except (OSError, ValueError) as problem:
                 form.add_error("password", _said(problem))
     if form.errors:
@@ -608,6 +611,18 @@ def _let_go(host: Host) -> str:
 
 
 # The keeper -----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _one_at_a_time(request: HttpRequest) -> Iterator[None]:
+    """A page waits for a machine here. Nobody's machines may keep so many waiting that none is left for others."""
+    name = f"asks-a-machine-{request.user.pk}"
+    if not cache.add(name, True, 2 * INSTALL_SECONDS):
+        raise HostProblem(Host.Problem.UNREACHABLE, "Another of your machines is being asked; wait until it is done.")
+    try:
+        yield
+    finally:
+        cache.delete(name)
 
 
 def _close(host: int) -> None:

@@ -56,6 +56,11 @@ def test_an_address_in_another_spelling_is_judged_as_what_it_means(ip: str, spel
     assert is_allowed(ip_address(spelling.format("8.8.8.8")))
 
 
+@pytest.mark.parametrize("ip", ["::127.0.0.1", "::ffff:0:127.0.0.1", "64:ff9b:1::7f00:1", "fec0::1", "2001:0:1::1"])
+def test_ipv6_that_is_not_given_out_is_no_public_machine(ip: str) -> None:
+    assert not is_allowed(ip_address(ip))
+
+
 def test_an_address_that_stands_for_another_by_6to4_is_judged_as_that() -> None:
     assert not is_allowed(ip_address("2002:7f00:1::1"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -480,6 +481,28 @@ def test_there_is_an_end_to_machines(ada: User, client: Client, settings: LazySe
     form = HostForm({"name": "two", "address": "192.0.2.8", "username": "ada"}, owner=ada, instance=Host(owner=ada))
     assert not form.is_valid()
     assert "allowed" in str(form.non_field_errors())
+
+
+def test_a_machine_that_does_not_answer_keeps_one_page_waiting(
+    ada: User, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = a_host(ada)
+    asked: list[str] = []
+    client.force_login(ada)
+    other = Client()
+    other.force_login(ada)
+    page = reverse("host_confirm", args=[host.pk])
+
+    def call(pk: int, op: str, **_: Any) -> Any:
+        asked.append(op)
+        answer = other.post(page, {"scan": "1"}, follow=True)  # while this one waits
+        assert "wait until it is done" in answer.content.decode()
+        raise HostProblem(Host.Problem.UNREACHABLE, "It does not answer.")
+
+    monkeypatch.setattr(sys.modules["experiments.views.hosts"], "call", call)
+    for _ in range(2):
+        assert "It does not answer" in client.post(page, {"scan": "1"}, follow=True).content.decode()
+    assert len(asked) == 2
 
 
 # The whole way --------------------------------------------------------------------------------------------------------
