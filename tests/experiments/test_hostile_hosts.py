@@ -27,6 +27,7 @@ from experiments.transport.base import File, Frame
 from experiments.transport.ssh import Ssh
 from tests.experiments.factories import make_user
 from tests.experiments.fake_trainer import evaluation, prepared
+from tests.experiments.test_hosts_pages import sign_in
 from tests.experiments.test_ingest import AT, STARTED, lines, train
 from tests.live import a_spec, eventually
 from tests.sshd import Sshd
@@ -488,9 +489,9 @@ def test_a_machine_that_does_not_answer_keeps_one_page_waiting(
 ) -> None:
     host = a_host(ada)
     asked: list[str] = []
-    client.force_login(ada)
+    sign_in(client)
     other = Client()
-    other.force_login(ada)
+    sign_in(other)
     page = reverse("host_confirm", args=[host.pk])
 
     def call(pk: int, op: str, **_: Any) -> Any:
