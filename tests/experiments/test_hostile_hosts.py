@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from django.conf import LazySettings
+from django.db import connections
 from django.test import Client
 from django.urls import reverse
 from django.utils import timezone
@@ -537,7 +538,14 @@ def test_a_lying_machine_fails_its_own_look_and_leaves_the_collector_alone(
     program = sshd.login.write("liar", LIAR.format(python=sshd.python, sentinel="== kangaroo agent 1 =="), 0o755)
     lying, honest = sshd.host(owner, env_python=str(program), python=str(program)), sshd.host(owner)
     collector = Collector()
-    thread = threading.Thread(target=collector.run)
+
+    def collect() -> None:
+        try:
+            collector.run()
+        finally:
+            connections.close_all()
+
+    thread = threading.Thread(target=collect)
     thread.start()
     try:
         tasks = [HostTask.objects.create(host=host, kind=HostTask.Kind.PROBE) for host in (lying, honest)]
