@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ PARENT = {
     "gpt2": Shape(d_model=12, n_heads=3, d_head=4, d_mlp=20, n_layers=2),
     "llama": Shape(d_model=12, n_heads=6, n_kv_heads=2, d_head=4, d_mlp=20, n_layers=2),
 }
+#: Families with Llama's axes, which differ in what stands on them: they grow from and to Llama's shapes.
+LIKE_LLAMA = ("mistral",)
+PARENT |= dict.fromkeys(LIKE_LLAMA, PARENT["llama"])
 
 
 def child(family: str, **changes: Any) -> Shape:
@@ -39,6 +43,24 @@ def save(folder: Path, family: str, shape: Shape, *, tied: bool = True, dtype: s
                 parameter.add_(torch.randn_like(parameter) * 0.3)
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     return folder
+
+
+def exact_logits(folder: Path) -> Any:
+    """:func:`logits` in float64 throughout: transformers' RMSNorm computes in float32 whatever the model's type."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    for module in model.modules():
+        if hasattr(module, "variance_epsilon"):
+            module.forward = partial(_rms_norm, module)
+    tokens = torch.randint(0, D_VOCAB, (2, N_POSITIONS), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+def _rms_norm(module: Any, x: Any) -> Any:
+    return module.weight * x * (x.pow(2).mean(-1, keepdim=True) + module.variance_epsilon).rsqrt()
 
 
 def logits(folder: Path, dtype: str = "float32") -> Any:

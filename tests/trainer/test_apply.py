@@ -11,13 +11,25 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.trainer.pico import D_VOCAB, N_POSITIONS, PARENT, child, grow, logits, save
+from tests.trainer.pico import (
+    D_VOCAB,
+    LIKE_LLAMA,
+    N_POSITIONS,
+    PARENT,
+    child,
+    exact_logits,
+    grow,
+    logits,
+    save,
+)
 from trainer.families import FAMILIES, get_family, read_config
 from trainer.growth import GrowthError, GrowthPlan, plan
 from trainer.growth import apply as apply_module
 from trainer.growth.apply import certificate, grow_checkpoint, named_weights, open_source
 from trainer.growth.certificate import tolerance
+from trainer.growth.depth import DEPTH_RULES
 from trainer.growth.weights import EPSILON, SourceError, Weights, narrow, widen
+from trainer.growth.width import WIDTH_RULES
 from trainer.shape import GrowInit, Shape
 
 #: Of logits whose spread is 2 to 6. An inexact growth is off by 0.1 and more.
@@ -71,6 +83,8 @@ GROWTHS: dict[str, dict[str, dict[str, Any]]] = {
         "llama": {"d_model": 24, "n_heads": 12, "n_kv_heads": 4, "d_head": 8, "d_mlp": 40, "n_layers": 4},
     },
 }
+for each in GROWTHS.values():
+    each |= dict.fromkeys(LIKE_LLAMA, each["llama"])
 CASES = [pytest.param(f, to, id=f"{f}-{what}") for what, each in GROWTHS.items() for f, to in each.items()]
 
 
@@ -95,6 +109,29 @@ def test_a_preserving_growth_gives_the_parents_logits_from_disk(
     assert get_family(family).shape_of(model.config.to_dict()) == (to, N_POSITIONS, D_VOCAB, tied)
     assert report["preserves"]
     assert report["residual"] < 1e-6
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("depth", sorted(DEPTH_RULES))
+@pytest.mark.parametrize("width", sorted(WIDTH_RULES))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_plan_preserves_exactly_where_a_forward_pass_in_float64_does(
+    family: str, width: str, depth: str, tied: bool, tmp_path: Path
+) -> None:
+    source = save(tmp_path / "parent", family, PARENT[family], tied=tied, dtype="float64")
+    before, seen = exact_logits(source), set()
+    everything = GROWTHS["head width and all else"][family]
+    for fields in (everything.keys(), {"n_layers"}, {"n_layers", "d_mlp"}, {"n_layers", "n_heads"}, {"d_head"}):
+        to = child(family, **{field: everything[field] for field in fields})
+        if get_family(family).problems(to):
+            continue
+        made = plan_for(source, to, grow(width, depth))
+        out = tmp_path / "-".join(fields)
+        grow_checkpoint(source, out, made, seed=0)
+        difference = (before - exact_logits(out)).abs().max()
+        assert difference < 1e-9 if made.preserves else difference > 1e-4, (fields, made.because)
+        seen.add(made.preserves)
+    assert (True in seen) == (depth == "identity" or (width == "duplicate" and not get_family(family).square))
 
 
 @pytest.mark.parametrize("depth", ["stack", "interleave", "append_random"])
@@ -179,9 +216,10 @@ def test_noise_tells_copies_apart_and_without_it_they_are_alike(family: str, par
     to = child(family, d_mlp=40)
     for noise in (0.0, 1.0):
         grow_checkpoint(source, tmp_path / str(noise), plan_for(source, to, grow(noise=noise)), seed=0)
-    down = {"gpt2": "transformer.h.0.mlp.c_proj.weight", "llama": "model.layers.0.mlp.down_proj.weight"}[family]
-    equal, noisy = (weights(tmp_path / str(noise))[down] for noise in (0.0, 1.0))
-    if family == "llama":
+    table = get_family(family).parameters(to, N_POSITIONS, D_VOCAB, True)
+    down = next(p for p in table if p.layer == 0 and p.into == ("mlp",))
+    equal, noisy = (weights(tmp_path / str(noise))[down.name] for noise in (0.0, 1.0))
+    if not down.in_first:
         equal, noisy = equal.T, noisy.T  # (mlp, embed)
 
     np.testing.assert_array_equal(equal[:20], equal[20:])
@@ -388,6 +426,17 @@ def test_a_rope_that_depends_on_d_head_refuses_a_wider_head(tmp_path: Path) -> N
         grow_checkpoint(source, tmp_path / "child", plan_for(source, child("llama", d_head=8), grow()), seed=0)
     assert (caught.value.field, caught.value.value) == ("shape.d_head", 8)
     grow_checkpoint(source, tmp_path / "child", plan_for(source, child("llama", d_model=24), grow()), seed=0)
+    assert (logits(source) - logits(tmp_path / "child")).abs().max() < ROUNDING
+
+
+def test_a_sliding_window_is_kept_and_so_is_what_is_said_beyond_it(tmp_path: Path) -> None:
+    source = save(tmp_path / "parent", "mistral", PARENT["mistral"], sliding_window=5)
+    without = save(tmp_path / "without", "mistral", PARENT["mistral"])
+    to = child("mistral", **GROWTHS["head width and all else"]["mistral"])
+    grow_checkpoint(source, tmp_path / "child", plan_for(source, to, grow()), seed=0)
+
+    assert read_config(tmp_path / "child")["sliding_window"] == 5
+    assert (logits(source) - logits(without)).abs().max() > 0.1, "a window that matters"
     assert (logits(source) - logits(tmp_path / "child")).abs().max() < ROUNDING
 
 

@@ -61,6 +61,20 @@ def test_in_bfloat16_a_model_is_as_near_to_float32_as_with_torchs_own(family: st
     assert error(ours)[0] < 0.01
 
 
+@pytest.mark.parametrize("window", [8, 24])
+def test_a_sliding_window_is_attended_through(window: int) -> None:
+    said = []
+    for ours in (False, True):
+        torch.manual_seed(0)
+        config = get_family("mistral").config(pico.PARENT["mistral"], 64, pico.D_VOCAB, True, init_range=0.5)
+        model = build_model(config | {"sliding_window": window}).eval()
+        if ours:
+            use_in(model)
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            said.append(model(torch.arange(24)[None]).logits.float())
+    assert (said[0] - said[1]).norm() < 0.02 * said[0].norm()
+
+
 def test_generating_with_a_cache_says_the_same() -> None:
     said = []
     for ours in (False, True):

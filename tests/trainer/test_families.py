@@ -28,6 +28,8 @@ SHAPES = [
     ("llama", PARENT["llama"]),
     ("llama", child("llama", n_kv_heads=None, n_layers=1)),
     ("llama", child("llama", d_model=18, d_head=10, d_mlp=7)),
+    ("mistral", PARENT["mistral"]),
+    ("mistral", child("mistral", d_model=14, d_head=10, n_kv_heads=None, n_layers=3)),
 ]
 
 
@@ -158,6 +160,20 @@ def test_a_folder_without_a_readable_config_is_refused(tmp_path: Path, content: 
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(FamilyError, match=said):
         read_config(tmp_path)
+
+
+def test_fields_that_a_config_leaves_out_are_what_transformers_takes_them_for() -> None:
+    from transformers import AutoConfig
+
+    for family in FAMILIES:
+        silent = {"model_type": family}
+        heard = AutoConfig.for_model(**silent).to_dict()
+        sizes = get_family(family).resized({}, get_family(family).shape_of(heard).shape)
+        # Sizes that every checkpoint's config has; the rest may be left out.
+        stated = {field: sizes[field] for field in ("hidden_size", "num_attention_heads") if field in sizes}
+        stated |= {field: heard[field] for field in ("intermediate_size", "num_hidden_layers") if field in sizes}
+        said = AutoConfig.for_model(**silent, **stated, vocab_size=53).to_dict()
+        assert get_family(family).shape_of(silent | stated | {"vocab_size": 53}) == get_family(family).shape_of(said)
 
 
 def test_an_unknown_family_is_refused_by_name() -> None:

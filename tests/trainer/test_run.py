@@ -17,6 +17,7 @@ from tests.trainer.texts import begin, events, experiment, interrupt, last, loss
 from trainer.data import prepare
 from trainer.endings import ending
 from trainer.events import Event, parse_event
+from trainer.families import FAMILIES
 from trainer.run import EventLog, RunError, run
 from trainer.spec import ExperimentSpec, parse_spec
 
@@ -47,7 +48,7 @@ def after(steps: int) -> Callable[[], bool]:
 # --- From spec to model -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_small_scaled_and_large_are_trained_and_scaled_begins_where_small_ended(
     family: str, text: Path, tmp_path: Path, go: Any
 ) -> None:

@@ -44,7 +44,7 @@ def with_value(path: str, value: Any) -> dict[str, Any]:
         ("train.warmup_steps", 500, "train.warmup_steps: 500 is more than max_steps; at most 400 would be right"),
         ("models.small.shape.d_model", 0, "models.small.shape.d_model 0: must be at least 1"),
         ("models.small.shape.d_head", 31, "models.small.shape.d_head 31: RoPE rotates channels in pairs"),
-        ("models.small.family", "gpt5", "models.small.family 'gpt5': must be 'gpt2' or 'llama'"),
+        ("models.small.family", "gpt5", "models.small.family 'gpt5': must be 'gpt2', "),
         ("models.small.shape", None, "models.small.shape: a shape is needed unless"),
         ("models.small.init", {"kind": "magic"}, "models.small.init.kind 'magic': must be 'random'"),
         ("models.small.init", {}, "models.small.init: needs a kind"),

@@ -14,6 +14,7 @@ from typing import Any
 from trainer.families.base import Axes, Described, Family, FamilyError, Parameter, axis_sizes
 from trainer.families.gpt2 import Gpt2
 from trainer.families.llama import Llama
+from trainer.families.mistral import Mistral
 
 __all__ = [
     "FAMILIES",
@@ -29,7 +30,7 @@ __all__ = [
     "read_config",
 ]
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (Gpt2(), Llama())}
+FAMILIES: dict[str, Family] = {family.name: family for family in (Gpt2(), Llama(), Mistral())}
 
 
 def get_family(name: str) -> Family:

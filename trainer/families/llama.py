@@ -6,12 +6,14 @@ Per block (T tokens, D = d_model, H = n_heads, K = n_kv_heads, d = d_head, F = d
     gate, up (F x D)                -> silu(gate) * up              -> down (D x F)   += residual (T, D)
 
 `d_head` is free of `d_model / n_heads`, though transformers wants d_model to be a multiple of n_heads.
+
+Architectures that differ from this one in a few facts are subclasses, each in its own file.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from trainer.families.base import Described, Family, FamilyError, Layout, Parameter, axis_sizes, require, whole
 from trainer.shape import Shape
@@ -27,6 +29,10 @@ class Llama(Family):
     gated_mlp = True
     fused = False
     not_weights = r"rotary_emb\.inv_freq$"
+    architecture: ClassVar[str] = "LlamaForCausalLM"
+    whole_heads: ClassVar[bool] = True  # transformers wants d_model to be a multiple of n_heads
+    #: What transformers takes a field for that a config.json leaves out.
+    assumed: ClassVar[Mapping[str, Any]] = {"max_position_embeddings": 2048}
 
     def problems(self, shape: Shape) -> list[tuple[str, str]]:
         found = []
@@ -42,7 +48,7 @@ class Llama(Family):
                     f"key/value heads: one of {', '.join(map(str, divisors))}",
                 )
             )
-        if shape.d_model % shape.n_heads:
+        if self.whole_heads and shape.d_model % shape.n_heads:
             below = shape.d_model // shape.n_heads * shape.n_heads
             near = f"{below} or {below + shape.n_heads}" if below else str(shape.n_heads)
             found.append(
@@ -75,7 +81,7 @@ class Llama(Family):
 
     def fixed(self, n_positions: int) -> dict[str, Any]:
         return {
-            "architectures": ["LlamaForCausalLM"],
+            "architectures": [self.architecture],
             "max_position_embeddings": n_positions,
             "hidden_act": "silu",
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
@@ -87,6 +93,7 @@ class Llama(Family):
     def shape_of(self, config: Mapping[str, Any]) -> Described:
         require(config, "attention_bias", (False, None), "biases in attention are not carried by growth")
         require(config, "mlp_bias", (False, None), "biases in the MLP are not carried by growth")
+        config = {**self.assumed, **config}
         d_model, n_heads = whole(config, "hidden_size"), whole(config, "num_attention_heads")
         kv_heads = whole(config, "num_key_value_heads", n_heads)
         shape = Shape(
@@ -102,7 +109,7 @@ class Llama(Family):
             raise FamilyError(f"config.json: {field} {getattr(shape, field)}: {message}")
         return Described(
             shape,
-            whole(config, "max_position_embeddings", 2048),
+            whole(config, "max_position_embeddings"),
             whole(config, "vocab_size"),
             bool(config.get("tie_word_embeddings", False)),
         )
