@@ -225,7 +225,7 @@ def test_noise_tells_copies_apart_and_without_it_they_are_alike(family: str, par
     np.testing.assert_array_equal(equal[:20], equal[20:])
     np.testing.assert_allclose(noisy[:20] + noisy[20:], 2 * equal[:20], atol=1e-6)
     ratio = (noisy - equal).std() / equal.std()
-    assert 0.9 < ratio < 1.1, "noise 1 is as large as the weights it is added to"
+    assert 0.85 < ratio < 1.15, "noise 1 is as large as the weights it is added to"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

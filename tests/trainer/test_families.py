@@ -30,6 +30,8 @@ SHAPES = [
     ("llama", child("llama", d_model=18, d_head=10, d_mlp=7)),
     ("mistral", PARENT["mistral"]),
     ("mistral", child("mistral", d_model=14, d_head=10, n_kv_heads=None, n_layers=3)),
+    ("qwen2", PARENT["qwen2"]),
+    ("qwen2", child("qwen2", d_model=14, d_head=10, n_kv_heads=None, n_layers=3)),
 ]
 
 
@@ -144,6 +146,11 @@ def test_what_is_suggested_is_right(family: str) -> None:
         (
             {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "attention_bias": True},
             "attention_bias",
+        ),
+        ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window True: a block's place"),
+        (
+            {"model_type": "qwen2", "layer_types": ["sliding_attention"]},
+            "layer_types 'sliding_attention': a block's kind",
         ),
         ({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True"),
         ({"model_type": "gpt2", "n_embd": 10, "n_head": 3}, "d_head 3"),

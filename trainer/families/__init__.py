@@ -15,6 +15,7 @@ from trainer.families.base import Axes, Described, Family, FamilyError, Paramete
 from trainer.families.gpt2 import Gpt2
 from trainer.families.llama import Llama
 from trainer.families.mistral import Mistral
+from trainer.families.qwen2 import Qwen2
 
 __all__ = [
     "FAMILIES",
@@ -30,7 +31,7 @@ __all__ = [
     "read_config",
 ]
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (Gpt2(), Llama(), Mistral())}
+FAMILIES: dict[str, Family] = {family.name: family for family in (Gpt2(), Llama(), Mistral(), Qwen2())}
 
 
 def get_family(name: str) -> Family:

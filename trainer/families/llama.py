@@ -30,6 +30,7 @@ class Llama(Family):
     fused = False
     not_weights = r"rotary_emb\.inv_freq$"
     architecture: ClassVar[str] = "LlamaForCausalLM"
+    biases: ClassVar[bool] = False  # of queries, keys and values
     whole_heads: ClassVar[bool] = True  # transformers wants d_model to be a multiple of n_heads
     #: What transformers takes a field for that a config.json leaves out.
     assumed: ClassVar[Mapping[str, Any]] = {"max_position_embeddings": 2048}
@@ -65,10 +66,7 @@ class Llama(Family):
         add.matrix("model.embed_tokens.weight", embed, ("vocab",), in_first=True, looked_up=not tied, reads_vocab=tied)
         for i in range(shape.n_layers):
             block = f"model.layers.{i}"
-            add.matrix(f"{block}.self_attn.q_proj.weight", ("q_head", "q_dim"), embed, layer=i)
-            add.matrix(f"{block}.self_attn.k_proj.weight", ("kv_head", "k_dim"), embed, layer=i)
-            add.matrix(f"{block}.self_attn.v_proj.weight", ("kv_head", "v_dim"), embed, layer=i)
-            add.matrix(f"{block}.self_attn.o_proj.weight", embed, ("q_head", "v_dim"), layer=i, writes_residual=True)
+            self._attention(add, f"{block}.self_attn", i)
             add.matrix(f"{block}.mlp.gate_proj.weight", ("mlp",), embed, layer=i)
             add.matrix(f"{block}.mlp.up_proj.weight", ("mlp",), embed, layer=i)
             add.matrix(f"{block}.mlp.down_proj.weight", embed, ("mlp",), layer=i, writes_residual=True)
@@ -78,6 +76,15 @@ class Llama(Family):
         if not tied:
             add.matrix("lm_head.weight", ("vocab",), embed)
         return tuple(add.parameters)
+
+    def _attention(self, add: Layout, attention: str, layer: int) -> None:
+        """The parameters of a block's attention."""
+        for name, axes in (("q", ("q_head", "q_dim")), ("k", ("kv_head", "k_dim")), ("v", ("kv_head", "v_dim"))):
+            add.matrix(f"{attention}.{name}_proj.weight", axes, ("embed",), layer=layer)
+            if self.biases:
+                add.vector(f"{attention}.{name}_proj.bias", "bias", axes, layer=layer)
+        out = ("q_head", "v_dim")
+        add.matrix(f"{attention}.o_proj.weight", ("embed",), out, layer=layer, writes_residual=True)
 
     def fixed(self, n_positions: int) -> dict[str, Any]:
         return {
