@@ -115,10 +115,12 @@ def activation_bytes(family: Family, shape: Shape, half: bool) -> int:
     d, f = shape.d_model, shape.d_mlp
     q, kv = shape.n_heads * shape.d_head, shape.kv_heads * shape.d_head
     # The input of each of the two norms; RMSNorm, built of single operations, keeps the normalised one too.
-    norms = 4 * 2 * d * (1 if family.mean_centred else 2)
+    norms = 4 * (1 if family.parallel else 2) * d * (1 if family.mean_centred else 2)
     # The output of each norm, cast once for each matrix that reads it (q, k, v, gate, up; c_attn, c_fc).
     products = 5 * d if half and not family.fused else 2 * d
     products += 2 * q + 2 * kv  # queries, keys, values, and what attention gives
+    if family.fused and family.rotates_first:
+        products += 2 * q + kv  # rotated ones are new, values keep all three alive; what attention gives is copied
     products += 4 * f if family.gated_mlp else 2 * f  # (gate, up, silu(gate), their product) or (before, after gelu)
     return norms + products * (2 if half else 4)
 

@@ -14,6 +14,7 @@ N_POSITIONS, D_VOCAB = 24, 53
 #: The parent of most tests, by family; each axis has its own size, so that a mixed-up axis cannot pass unseen.
 PARENT = {
     "gpt2": Shape(d_model=12, n_heads=3, d_head=4, d_mlp=20, n_layers=2),
+    "gpt_neox": Shape(d_model=24, n_heads=3, d_head=8, d_mlp=20, n_layers=2),
     "llama": Shape(d_model=12, n_heads=6, n_kv_heads=2, d_head=4, d_mlp=20, n_layers=2),
 }
 #: Families with Llama's axes, which differ in what stands on them: they grow from and to Llama's shapes.

@@ -60,26 +60,34 @@ def weights(folder: Path) -> dict[str, Any]:
 GROWTHS: dict[str, dict[str, dict[str, Any]]] = {
     "width x2": {
         "gpt2": {"d_model": 24, "n_heads": 6, "d_mlp": 40},
+        "gpt_neox": {"d_model": 48, "n_heads": 6, "d_mlp": 40},
         "llama": {"d_model": 24, "n_heads": 12, "n_kv_heads": 4, "d_mlp": 40},
     },
     "width x3": {
         "gpt2": {"d_model": 36, "n_heads": 9, "d_mlp": 60},
+        "gpt_neox": {"d_model": 72, "n_heads": 9, "d_mlp": 60},
         "llama": {"d_model": 36, "n_heads": 18, "n_kv_heads": 6, "d_mlp": 60},
     },
-    "depth x2": {"gpt2": {"n_layers": 4}, "llama": {"n_layers": 4}},
-    "depth 2 to 3": {"gpt2": {"n_layers": 3}, "llama": {"n_layers": 3}},
+    "depth x2": {"gpt2": {"n_layers": 4}, "gpt_neox": {"n_layers": 4}, "llama": {"n_layers": 4}},
+    "depth 2 to 3": {"gpt2": {"n_layers": 3}, "gpt_neox": {"n_layers": 3}, "llama": {"n_layers": 3}},
     "width and depth": {
         "gpt2": {"d_model": 24, "n_heads": 6, "d_mlp": 60, "n_layers": 5},
+        "gpt_neox": {"d_model": 48, "n_heads": 6, "d_mlp": 60, "n_layers": 5},
         "llama": {"d_model": 36, "n_heads": 12, "n_kv_heads": 4, "d_mlp": 40, "n_layers": 5},
     },
-    "mlp alone": {"gpt2": {"d_mlp": 40}, "llama": {"d_mlp": 60}},
+    "mlp alone": {"gpt2": {"d_mlp": 40}, "gpt_neox": {"d_mlp": 40}, "llama": {"d_mlp": 60}},
     "heads within their groups": {"llama": {"n_heads": 12}},
     "heads and groups at different ratios": {"llama": {"n_heads": 12, "n_kv_heads": 6}},
     "grouped heads to full": {"llama": {"n_kv_heads": None}},
     "residual stream alone": {"llama": {"d_model": 24}},
-    "head width": {"gpt2": {"d_model": 24, "d_head": 8}, "llama": {"d_head": 12}},
+    "head width": {
+        "gpt2": {"d_model": 24, "d_head": 8},
+        "gpt_neox": {"d_model": 48, "d_head": 16},
+        "llama": {"d_head": 12},
+    },
     "head width and all else": {
         "gpt2": {"d_model": 36, "n_heads": 6, "d_head": 6, "d_mlp": 40, "n_layers": 4},
+        "gpt_neox": {"d_model": 72, "n_heads": 6, "d_head": 12, "d_mlp": 40, "n_layers": 4},
         "llama": {"d_model": 24, "n_heads": 12, "n_kv_heads": 4, "d_head": 8, "d_mlp": 40, "n_layers": 4},
     },
 }
@@ -171,7 +179,8 @@ def test_random_pad_puts_the_old_block_in_the_corner_and_draws_the_rest(
     family: str, parents: Any, tmp_path: Path
 ) -> None:
     source = parents[family, False]
-    to = child(family, d_model=120, n_heads=30, n_kv_heads=None if family == "gpt2" else 10, d_mlp=140)
+    many = {} if PARENT[family].n_kv_heads is None else {"n_kv_heads": 10}
+    to = child(family, d_model=30 * PARENT[family].d_head, n_heads=30, d_mlp=140, **many)
     made = plan_for(source, to, grow("random_pad", "append_random", init_range=0.05))
     grow_checkpoint(source, tmp_path / "child", made, seed=0)
     old, new = weights(source), weights(tmp_path / "child")
@@ -181,6 +190,8 @@ def test_random_pad_puts_the_old_block_in_the_corner_and_draws_the_rest(
         before, after = old[parameter.name], new[parameter.name]
         if "c_attn" in parameter.name:  # queries, keys and values side by side: a corner in each
             before, after = (np.stack(np.split(x, 3, axis=-1)) for x in (before, after))
+        if "query_key_value" in parameter.name:  # head by head: a corner in the heads
+            before, after = (x.reshape(-1, 24, *x.shape[1:]) for x in (before, after))
         corner = tuple(slice(0, n) for n in before.shape)
         np.testing.assert_array_equal(after[corner], before, err_msg=parameter.name)
         rest = np.ones(after.shape, bool)

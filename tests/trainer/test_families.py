@@ -25,6 +25,8 @@ from trainer.shape import Shape
 SHAPES = [
     ("gpt2", PARENT["gpt2"]),
     ("gpt2", child("gpt2", d_model=16, n_heads=2, d_head=8, n_layers=3)),
+    ("gpt_neox", PARENT["gpt_neox"]),
+    ("gpt_neox", child("gpt_neox", d_model=16, n_heads=2, n_layers=3)),
     ("llama", PARENT["llama"]),
     ("llama", child("llama", n_kv_heads=None, n_layers=1)),
     ("llama", child("llama", d_model=18, d_head=10, d_mlp=7)),
@@ -42,7 +44,8 @@ def test_the_table_has_the_names_shapes_and_order_of_the_real_model(family: str,
     model = build_model(described.config(shape, N_POSITIONS, D_VOCAB, tied))
 
     real = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    table = {p.name: p.shape for p in described.parameters(shape, N_POSITIONS, D_VOCAB, tied)}
+    stored = described.parameters(shape, N_POSITIONS, D_VOCAB, tied)
+    table = {described.also_named.get(p.name, p.name): p.shape for p in stored}
 
     assert table == real
     assert list(table) == list(real)
@@ -121,6 +124,8 @@ def test_another_size_keeps_everything_else_of_a_config() -> None:
         ("gpt2", {"d_head": 5}, "d_head", "d_head 4 or d_model 15"),
         ("gpt2", {"n_heads": 4}, "d_head", "d_head 3 or n_heads 3 or d_model 16"),
         ("gpt2", {"n_kv_heads": 1}, "n_kv_heads", "leave it out"),
+        ("gpt_neox", {"n_kv_heads": 1}, "n_kv_heads", "leave it out"),
+        ("gpt_neox", {"d_head": 5}, "d_head", "d_head 8 or d_model 15"),
     ],
 )
 def test_a_shape_that_cannot_be_is_refused_with_what_would_be_right(
@@ -140,7 +145,7 @@ def test_what_is_suggested_is_right(family: str) -> None:
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"model_type": "bert"}, "model_type 'bert': can be grown are gpt2, llama"),
+        ({"model_type": "bert"}, "model_type 'bert': can be grown are gpt2, gpt_neox, llama"),
         ({"model_type": "llama", "quantization_config": {"bits": 4}}, "quantised"),
         ({"model_type": "llama", "hidden_size": "64"}, "hidden_size '64'"),
         (
@@ -154,6 +159,9 @@ def test_what_is_suggested_is_right(family: str) -> None:
         ),
         ({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True"),
         ({"model_type": "gpt2", "n_embd": 10, "n_head": 3}, "d_head 3"),
+        ({"model_type": "gpt_neox", "attention_bias": False}, "attention_bias False"),
+        ({"model_type": "gpt_neox", "rotary_pct": 1.5}, "rotary_pct 1.5: must be a share"),
+        ({"model_type": "gpt_neox", "head_dim": 64}, "head_dim 64"),
     ],
 )
 def test_a_config_that_growth_cannot_carry_is_refused(config: dict[str, Any], said: str) -> None:
@@ -184,7 +192,7 @@ def test_fields_that_a_config_leaves_out_are_what_transformers_takes_them_for() 
 
 
 def test_an_unknown_family_is_refused_by_name() -> None:
-    with pytest.raises(FamilyError, match="'mamba': must be one of gpt2, llama"):
+    with pytest.raises(FamilyError, match="'mamba': must be one of gpt2, gpt_neox, llama"):
         get_family("mamba")
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from trainer.families.base import Axes, Described, Family, FamilyError, Parameter, axis_sizes
 from trainer.families.gpt2 import Gpt2
+from trainer.families.gpt_neox import GptNeoX
 from trainer.families.llama import Llama
 from trainer.families.mistral import Mistral
 from trainer.families.qwen2 import Qwen2
@@ -31,7 +32,7 @@ __all__ = [
     "read_config",
 ]
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (Gpt2(), Llama(), Mistral(), Qwen2())}
+FAMILIES: dict[str, Family] = {family.name: family for family in (Gpt2(), GptNeoX(), Llama(), Mistral(), Qwen2())}
 
 
 def get_family(name: str) -> Family:

@@ -42,6 +42,7 @@ class Parameter:
 
     A matrix is `out x in`. `out` is a tuple of segments that lie side by side: one, or several where an architecture
     fuses matrices (GPT-2's c_attn is queries, keys, values), so that a fused tensor is a view over logical axes.
+    `interleaved` segments take turns along their first axes, which are of one size (GPT-NeoX: q, k, v of each head).
     `into` is empty for a vector. An embedding table is the matrix from a one-hot token (`vocab`) to `embed`.
     """
 
@@ -51,6 +52,7 @@ class Parameter:
     out: tuple[Axes, ...]
     into: Axes = ()
     in_first: bool = False  # stored (in, out): embedding tables and GPT-2's Conv1D
+    interleaved: bool = False
     layer: int | None = None
     writes_residual: bool = False  # with all of these zero, a block adds nothing to the residual stream
     final_norm: bool = False
@@ -112,12 +114,17 @@ class Family(ABC):
     title: ClassVar[str]
     prefix: ClassVar[str]  # of the base model inside the causal LM; checkpoints of the base model lack it
     rotary: ClassVar[bool]  # queries and keys are rotated in pairs (i, i + d_head / 2)
+    #: Not so, but the first channels of a head are, and as many of a wider head: old channels must stay where they are.
+    rotates_first: ClassVar[bool] = False
     mean_centred: ClassVar[bool]  # LayerNorm, which also takes the mean away; not RMSNorm
     square: ClassVar[bool]  # insists on d_model = n_heads x d_head
     gated_mlp: ClassVar[bool]
+    parallel: ClassVar[bool] = False  # in a new model attention and MLP read the same residual, side by side
     fused: ClassVar[bool]  # queries, keys and values are one matrix
     #: Tensors that old checkpoints carry and no model needs (masks, rotary tables): a regular expression.
     not_weights: ClassVar[str]
+    #: Other names under which files hold a parameter.
+    also_named: ClassVar[Mapping[str, str]] = {}
 
     @abstractmethod
     def problems(self, shape: Shape) -> list[tuple[str, str]]:

@@ -121,7 +121,8 @@ def named_weights(source: Source) -> dict[str, Tensor]:
     for parameter in family.parameters(shape, n_positions, d_vocab, tied):
         # Checkpoints of the base model, such as the original GPT-2's, have names without its prefix.
         bare = parameter.name.removeprefix(family.prefix)
-        tensor = stored.pop(parameter.name, None) or stored.pop(bare, None)
+        other = family.also_named.get(parameter.name, bare)
+        tensor = stored.pop(parameter.name, None) or stored.pop(bare, None) or stored.pop(other, None)
         if tensor is None:
             raise SourceError(f"{source.folder}: has no {parameter.name}, or not as floating-point numbers")
         if tensor.shape != parameter.shape:
@@ -130,7 +131,8 @@ def named_weights(source: Source) -> dict[str, Tensor]:
             )
         found[parameter.name] = tensor
     if tied:
-        stored.pop("lm_head.weight", None)  # some checkpoints hold the table a second time
+        for head in ("lm_head.weight", *family.also_named):
+            stored.pop(head, None)  # some checkpoints hold the table a second time
     if unknown := [name for name in stored if not re.search(family.not_weights, name)]:
         raise SourceError(
             f"{source.folder}: holds {', '.join(sorted(unknown)[:3])}, which {family.title} has no place for; "
@@ -152,7 +154,8 @@ def _check_plan_is_for(source: Source, plan: GrowthPlan) -> None:
             )
     rope = source.config.get("rope_parameters") or source.config.get("rope_scaling") or {}
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    if plan.preserves and plan.parent.d_head != plan.child.d_head and kind not in _ROPE_THAT_GROWS:
+    wider = source.family.rotary and plan.parent.d_head != plan.child.d_head
+    if plan.preserves and wider and kind not in _ROPE_THAT_GROWS:
         raise GrowthError(
             "shape.d_head",
             f"the checkpoint's RoPE ({kind}) sets its frequencies by d_head, so only {plan.parent.d_head} keeps them",

@@ -61,7 +61,7 @@ def _largest(tensor: Tensor) -> float:
 
 
 def _vector(source: Tensor, grown: Tensor, new: Parameter, plan: GrowthPlan) -> float:
-    out = side_of(plan, new.out)
+    out = side_of(plan, new.out, new.interleaved)
     expected = source[:][out.source]
     if new.kind == "bias":
         expected *= out.write
@@ -72,7 +72,7 @@ def _vector(source: Tensor, grown: Tensor, new: Parameter, plan: GrowthPlan) -> 
 
 
 def _matrix(source: Tensor, grown: Tensor, new: Parameter, plan: GrowthPlan) -> float:
-    out, into = side_of(plan, new.out), side_of(plan, (new.into,))
+    out, into = side_of(plan, new.out, new.interleaved), side_of(plan, (new.into,))
     worst = _in_first(source, grown, out, into) if new.in_first else _out_first(source, grown, out, into)
     return max(worst)
 

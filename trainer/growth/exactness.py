@@ -9,7 +9,7 @@ if each of these does; `broken` names those that do not:
     mlp            E has unit coefficients: the nonlinearity acts on each unit
     heads          a query head's copy reads a copy of the same key/value head; copies are exact
     q_dim, k_dim   E_q^T E_k = sqrt(d' / d) I, since the softmax divides by sqrt(d); with RoPE each pair of channels
-                   keeps its frequency: pair i goes to pair i d' / d
+                   keeps its frequency: pair i goes to pair i d' / d, or stays where it is if only the first ones rotate
     layers         the old blocks once each and in order, all others silent
     eps            unchanged
 """
@@ -108,6 +108,8 @@ def _head_channels(family: Family, maps: Mapping[str, AxisMap]) -> list[str]:
         met[q_source] += q_write * k_write
     if not all(isclose(m, sqrt(q.large / q.small)) for m in met):
         return ["attention is scaled by another 1 / sqrt(d_head)"]
+    if family.rotates_first and any(s not in (NEW, new) for m in (q, k) for new, s in enumerate(m.source_index)):
+        return ["channels of a head that RoPE rotates move away from their frequencies"]
     if family.rotary:
         half, new_half = q.small // 2, q.large // 2
         place = {source: new for new, source in enumerate(q.source_index) if source != NEW}

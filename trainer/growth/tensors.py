@@ -90,23 +90,40 @@ class Copies:
         return np.argsort(self.order) if len(self.order) == self.large else None
 
 
-def side_of(plan: GrowthPlan, segments: tuple[Axes, ...]) -> Side:
-    """The maps of `segments` along one dimension: axes of a segment multiply, segments follow one another."""
+def side_of(plan: GrowthPlan, segments: tuple[Axes, ...], interleaved: bool = False) -> Side:
+    """The maps of `segments` along one dimension: axes of a segment multiply, segments follow one another.
+
+    Those of an `interleaved` parameter then take turns along their first axes, as the parameter is stored.
+    """
     maps = [reduce(product, [plan.maps[axis] for axis in axes]) for axes in segments]
     larges = [m.large for m in maps]
     source = np.concatenate([np.asarray(m.source_index, np.intp) for m in maps])
     new = source == NEW
     source += np.repeat(np.cumsum([0, *(m.small for m in maps[:-1])]), larges)
     source[new] = 0
+    stored: NDArray[np.intp] | slice = slice(None)
+    if interleaved:
+        firsts = [plan.maps[axes[0]] for axes in segments]
+        in_parent = _taking_turns([m.small for m in firsts], [m.small for m in maps])
+        stored = _taking_turns([m.large for m in firsts], larges)
+        source = np.argsort(in_parent)[source]  # where the parent stores it
     return Side(
         small=sum(m.small for m in maps),
-        source=source,
-        new=new,
-        drawn=new & np.repeat([m.new_write == "random" for m in maps], larges),
-        drawn_from=new & np.repeat([m.new_read == "random" for m in maps], larges),
-        write=np.concatenate([np.asarray(m.write, np.float64) for m in maps]),
-        read=np.concatenate([np.asarray(m.read, np.float64) for m in maps]),
+        source=source[stored],
+        new=new[stored],
+        drawn=(new & np.repeat([m.new_write == "random" for m in maps], larges))[stored],
+        drawn_from=(new & np.repeat([m.new_read == "random" for m in maps], larges))[stored],
+        write=np.concatenate([np.asarray(m.write, np.float64) for m in maps])[stored],
+        read=np.concatenate([np.asarray(m.read, np.float64) for m in maps])[stored],
     )
+
+
+def _taking_turns(turns: list[int], sizes: list[int]) -> NDArray[np.intp]:
+    """For each stored index, the index if segments of these sizes lay one after the other; each has as many turns."""
+    assert len(set(turns)) == 1, "interleaved segments have first axes of one size"
+    starts = np.cumsum([0, *sizes[:-1]])
+    pieces = [np.arange(s, s + n, dtype=np.intp).reshape(turns[0], -1) for s, n in zip(starts, sizes, strict=True)]
+    return np.concatenate(pieces, axis=1).ravel()
 
 
 def fresh(parameter: Parameter, init_range: float, rng: np.random.Generator) -> Iterator[Floats]:
@@ -133,7 +150,7 @@ def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
 
 
 def _vector(old: Tensor, new: Parameter, plan: GrowthPlan) -> Floats:
-    out = side_of(plan, new.out)
+    out = side_of(plan, new.out, new.interleaved)
     values = old[:][out.source]
     if new.kind == "bias":
         values = values * out.write  # norms act on each channel by itself, so their copies are as they were
@@ -144,7 +161,7 @@ def _vector(old: Tensor, new: Parameter, plan: GrowthPlan) -> Floats:
 
 
 def _matrix(old: Tensor, new: Parameter, plan: GrowthPlan, rng: np.random.Generator) -> Iterator[Floats]:
-    out, into = side_of(plan, new.out), side_of(plan, (new.into,))
+    out, into = side_of(plan, new.out, new.interleaved), side_of(plan, (new.into,))
     rows, columns = (into, out) if new.in_first else (out, into)
     row_scale, column_scale = (into.read, out.write) if new.in_first else (out.write, into.read)
     noise = plan.init.noise if into.copies.several else 0.0
