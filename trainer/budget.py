@@ -117,6 +117,8 @@ def activation_bytes(family: Family, shape: Shape, half: bool) -> int:
     # The input of each of the two norms; RMSNorm, built of single operations, keeps the normalised one too.
     norms = 4 * (1 if family.parallel else 2) * d * (1 if family.mean_centred else 2)
     # The output of each norm, cast once for each matrix that reads it (q, k, v, gate, up; c_attn, c_fc).
+    # Queries and keys as given and as normed, in fp32; norms of single heads round before their gain.
+    norms += (q + kv) * (6 if half and family.qk_norm == "head" else 8) if family.qk_norm else 0
     products = 5 * d if half and not family.fused else 2 * d
     products += 2 * q + 2 * kv  # queries, keys, values, and what attention gives
     if family.fused and family.rotates_first:

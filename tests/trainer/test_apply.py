@@ -200,7 +200,7 @@ def test_random_pad_puts_the_old_block_in_the_corner_and_draws_the_rest(
             drawn.append(after[rest])
             assert abs(drawn[-1].std() / 0.05 - 1) < 0.06, parameter.name
         else:
-            assert set(after[rest].tolist()) == {1.0 if parameter.kind == "norm_gain" else 0.0}
+            assert set(after[rest].tolist()) <= {1.0 if parameter.kind == "norm_gain" else 0.0}
     everything = np.concatenate(drawn)
     assert abs(everything.std() / 0.05 - 1) < 0.01
     assert abs(everything.mean()) < 0.001

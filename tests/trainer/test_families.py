@@ -34,6 +34,8 @@ SHAPES = [
     ("mistral", child("mistral", d_model=14, d_head=10, n_kv_heads=None, n_layers=3)),
     ("qwen2", PARENT["qwen2"]),
     ("qwen2", child("qwen2", d_model=14, d_head=10, n_kv_heads=None, n_layers=3)),
+    ("qwen3", PARENT["qwen3"]),
+    ("qwen3", child("qwen3", d_model=14, d_head=10, n_kv_heads=None, n_layers=3)),
 ]
 
 

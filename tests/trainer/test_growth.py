@@ -267,6 +267,20 @@ def test_a_head_padded_across_rotated_pairs_is_seen() -> None:
     assert "RoPE" in conditions("llama", to, q_dim=q, k_dim=k)[0]
 
 
+def test_a_norm_of_queries_and_keys_wants_whole_copies_of_channels() -> None:
+    to = child("qwen3", d_head=8)
+    assert conditions("qwen3", to) == []
+    zeros = place(4, 8, [0, 2, 4, 6])
+    assert "norms of queries and keys change" in conditions("qwen3", to, k_dim=zeros)[0]
+    random = place(4, 8, [0, 2, 4, 6], new_write="random")
+    assert "d_head (4 to 8) is random" in conditions("qwen3", to, q_dim=random)[0]
+    turned = copies(4, [0, 1, 2, 3] * 2)
+    assert "belong to other channels" in conditions("qwen3", to, q_dim=turned)[0]
+    assert "1 / sqrt(d_head)" in conditions("qwen3", to, q_normed=copies(4, [0, 0, 1, 1, 2, 2, 3, 3]))[0]
+    unrotated = type(turned)(4, 8, [0, 0, 1, 1, 2, 2, 3, 3], (0.0, 1.0) * 4, (0.0, 1.0) * 4)
+    assert "RoPE" in conditions("qwen3", to, k_normed=unrotated)[0]
+
+
 def test_an_attention_scale_that_is_not_made_up_for_is_seen() -> None:
     to = child("gpt2", d_model=24, d_head=8)
     assert conditions("gpt2", to) == []

@@ -17,6 +17,7 @@ from trainer.families.gpt_neox import GptNeoX
 from trainer.families.llama import Llama
 from trainer.families.mistral import Mistral
 from trainer.families.qwen2 import Qwen2
+from trainer.families.qwen3 import Qwen3
 
 __all__ = [
     "FAMILIES",
@@ -32,7 +33,17 @@ __all__ = [
     "read_config",
 ]
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (Gpt2(), GptNeoX(), Llama(), Mistral(), Qwen2())}
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        Gpt2(),
+        GptNeoX(),
+        Llama(),
+        Mistral(),
+        Qwen2(),
+        Qwen3(),
+    )
+}
 
 
 def get_family(name: str) -> Family:

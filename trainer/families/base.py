@@ -10,6 +10,8 @@ it; growth rules are written on the axes alone and so work for every family. How
     q_dim     a channel of one head's query         d_head        three axes of one size: queries and keys meet in a
     k_dim     a channel of one head's key           d_head        dot product (RoPE, a scale), values do not, so
     v_dim     a channel of one head's value         d_head        each grows by its own map
+    q_normed  a channel of a query after its norm   d_head        where queries and keys have norms (`qk_norm`), these
+    k_normed  a channel of a key after its norm     d_head        are what meets, and the gain leads to them from q_dim
     mlp       a hidden unit of the MLP              d_mlp
     vocab     a token                               d_vocab
     position  a learned position                    n_positions
@@ -56,6 +58,7 @@ class Parameter:
     layer: int | None = None
     writes_residual: bool = False  # with all of these zero, a block adds nothing to the residual stream
     final_norm: bool = False
+    rescales: bool = False  # a gain that leads from one axis (q_dim) to another (q_normed): copies may have other ones
     looked_up: bool = False  # a table whose rows are picked, not multiplied: costs no FLOPs
     reads_vocab: bool = False  # a tied table: also the output head
 
@@ -101,6 +104,8 @@ def axis_sizes(shape: Shape, n_positions: int, d_vocab: int) -> dict[str, int]:
         "q_dim": shape.d_head,
         "k_dim": shape.d_head,
         "v_dim": shape.d_head,
+        "q_normed": shape.d_head,
+        "k_normed": shape.d_head,
         "mlp": shape.d_mlp,
         "vocab": d_vocab,
         "position": n_positions,
@@ -116,6 +121,8 @@ class Family(ABC):
     rotary: ClassVar[bool]  # queries and keys are rotated in pairs (i, i + d_head / 2)
     #: Not so, but the first channels of a head are, and as many of a wider head: old channels must stay where they are.
     rotates_first: ClassVar[bool] = False
+    #: RMSNorm on queries and keys: over the channels of each head, or over those of all heads together.
+    qk_norm: ClassVar[Literal["head", "all"] | None] = None
     mean_centred: ClassVar[bool]  # LayerNorm, which also takes the mean away; not RMSNorm
     square: ClassVar[bool]  # insists on d_model = n_heads x d_head
     gated_mlp: ClassVar[bool]

@@ -85,6 +85,10 @@ class Llama(Family):
                 add.vector(f"{attention}.{name}_proj.bias", "bias", axes, layer=layer)
         out = ("q_head", "v_dim")
         add.matrix(f"{attention}.o_proj.weight", ("embed",), out, layer=layer, writes_residual=True)
+        for name, head in (("q", "q_head"), ("k", "kv_head")):
+            if self.qk_norm:
+                over = (f"{name}_normed",) if self.qk_norm == "head" else (head, f"{name}_normed")
+                add.vector(f"{attention}.{name}_norm.weight", "norm_gain", over, layer=layer, rescales=True)
 
     def fixed(self, n_positions: int) -> dict[str, Any]:
         return {

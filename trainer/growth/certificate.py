@@ -63,7 +63,7 @@ def _largest(tensor: Tensor) -> float:
 def _vector(source: Tensor, grown: Tensor, new: Parameter, plan: GrowthPlan) -> float:
     out = side_of(plan, new.out, new.interleaved)
     expected = source[:][out.source]
-    if new.kind == "bias":
+    if new.kind == "bias" or new.rescales:
         expected *= out.write
     elif new.final_norm:
         expected *= plan.final_norm_scale

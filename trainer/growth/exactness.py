@@ -10,6 +10,9 @@ if each of these does; `broken` names those that do not:
     heads          a query head's copy reads a copy of the same key/value head; copies are exact
     q_dim, k_dim   E_q^T E_k = sqrt(d' / d) I, since the softmax divides by sqrt(d); with RoPE each pair of channels
                    keeps its frequency: pair i goes to pair i d' / d, or stays where it is if only the first ones rotate
+    q_normed,      where queries and keys are normed, it is these that must meet so; before the norm, each channel is
+    k_normed       copied equally often at its own size (and each head, if the norm takes all heads together), so that
+                   mean square and eps stay, and gains are those of the channel that each copies, times E
     layers         the old blocks once each and in order, all others silent
     eps            unchanged
 """
@@ -30,12 +33,12 @@ def broken(
     family: Family, parent: Shape, child: Shape, maps: Mapping[str, AxisMap], blocks: Sequence[Block]
 ) -> list[str]:
     """Clauses that say what keeps the child from computing what the parent does; empty if nothing does."""
-    found = [*_random_axes(parent, child, maps)]
+    found = [*_random_axes(family, parent, child, maps)]
     if not found:  # with random entries the finer conditions add nothing a reader needs
         found += _residual_stream(family, maps["embed"])
         found += _units(maps["mlp"])
         found += _heads(maps["q_head"], maps["kv_head"])
-        found += _head_channels(family, maps)
+        found += _query_key_norms(family, maps) or _head_channels(family, maps)
         found += [
             f"copies on axis {axis} do not add up to what they copy"
             for axis, axis_map in maps.items()
@@ -47,11 +50,11 @@ def broken(
     return found
 
 
-def _random_axes(parent: Shape, child: Shape, maps: Mapping[str, AxisMap]) -> list[str]:
+def _random_axes(family: Family, parent: Shape, child: Shape, maps: Mapping[str, AxisMap]) -> list[str]:
     def is_seen(axis: str) -> bool:
         if axis in ("q_dim", "k_dim"):  # no matrix reads them: they meet each other, and zero hides the other
             other = maps["k_dim" if axis == "q_dim" else "q_dim"]
-            return other.new_write == "random" or not _same_new(maps[axis], other)
+            return family.qk_norm is not None or other.new_write == "random" or not _same_new(maps[axis], other)
         return maps[axis].new_read == "random"
 
     fields = [
@@ -70,21 +73,32 @@ def _same_new(a: AxisMap, b: AxisMap) -> bool:
 def _residual_stream(family: Family, embed: AxisMap) -> list[str]:
     if embed.is_identity:
         return []
-    square, plain = [0.0] * embed.small, [0.0] * embed.small
+    if not _keeps_mean_square(embed):
+        return ["the norms' mean square changes, since channels of d_model are not copied equally often"]
+    plain = [0.0] * embed.small
     for source, write in zip(embed.source_index, embed.write, strict=True):
         if source != NEW:
-            square[source] += write * write
             plain[source] += write
-    if not all(isclose(s, embed.large / embed.small) for s in square):
-        return ["the norms' mean square changes, since channels of d_model are not copied equally often"]
     if family.mean_centred and not all(isclose(p, plain[0]) for p in plain):
         return ["the norms' mean changes, since channels of d_model are not copied equally often"]
     return []
 
 
+def _keeps_mean_square(axis: AxisMap) -> bool:
+    """E^T E = (large / small) I."""
+    square = [0.0] * axis.small
+    for source, write in zip(axis.source_index, axis.write, strict=True):
+        if source != NEW:
+            square[source] += write * write
+    return all(isclose(s, axis.large / axis.small) for s in square)
+
+
+def _has_unit_coefficients(axis: AxisMap) -> bool:
+    return all(w == 1 for s, w in zip(axis.source_index, axis.write, strict=True) if s != NEW)
+
+
 def _units(mlp: AxisMap) -> list[str]:
-    unit = all(w == 1 for s, w in zip(mlp.source_index, mlp.write, strict=True) if s != NEW)
-    return [] if unit else ["units of the MLP are scaled before their nonlinearity"]
+    return [] if _has_unit_coefficients(mlp) else ["units of the MLP are scaled before their nonlinearity"]
 
 
 def _heads(q_head: AxisMap, kv_head: AxisMap) -> list[str]:
@@ -95,24 +109,38 @@ def _heads(q_head: AxisMap, kv_head: AxisMap) -> list[str]:
     return []
 
 
+def _query_key_norms(family: Family, maps: Mapping[str, AxisMap]) -> list[str]:
+    if not family.qk_norm:
+        return []
+    for head, given, normed in (("q_head", "q_dim", "q_normed"), ("kv_head", "k_dim", "k_normed")):
+        for axis in (given, head) if family.qk_norm == "all" else (given,):
+            if not _keeps_mean_square(maps[axis]) or not _has_unit_coefficients(maps[axis]):
+                what = "heads" if axis == head else "channels of d_head"
+                return [f"the norms of queries and keys change, since {what} are not copied equally often as they are"]
+        if list(maps[given].source_index) != list(maps[normed].source_index):
+            return ["the norms' gains of queries and keys belong to other channels"]
+    return []
+
+
 def _head_channels(family: Family, maps: Mapping[str, AxisMap]) -> list[str]:
-    q, k = maps["q_dim"], maps["k_dim"]
+    q, k = (maps["q_normed"], maps["k_normed"]) if family.qk_norm else (maps["q_dim"], maps["k_dim"])
     if q.is_identity and k.is_identity:
         return []
-    met = [0.0] * q.small
-    for q_source, k_source, q_write, k_write in zip(q.source_index, k.source_index, q.write, k.write, strict=True):
-        if NEW in (q_source, k_source):
+    met, place = [0.0] * q.small, dict[int, int]()
+    both = zip(q.source_index, k.source_index, q.write, k.write, strict=True)
+    for new, (q_source, k_source, q_write, k_write) in enumerate(both):
+        if NEW in (q_source, k_source) or q_write * k_write == 0:
             continue
         if q_source != k_source:
             return ["channels of queries and keys no longer meet"]
         met[q_source] += q_write * k_write
+        place[q_source] = new
     if not all(isclose(m, sqrt(q.large / q.small)) for m in met):
         return ["attention is scaled by another 1 / sqrt(d_head)"]
     if family.rotates_first and any(s not in (NEW, new) for m in (q, k) for new, s in enumerate(m.source_index)):
         return ["channels of a head that RoPE rotates move away from their frequencies"]
     if family.rotary:
         half, new_half = q.small // 2, q.large // 2
-        place = {source: new for new, source in enumerate(q.source_index) if source != NEW}
         if any(place[i] * half != i * new_half or place[i + half] != place[i] + new_half for i in range(half)):
             return ["channels of a head are rotated by RoPE at other frequencies than they were trained with"]
     return []

@@ -152,8 +152,8 @@ def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
 def _vector(old: Tensor, new: Parameter, plan: GrowthPlan) -> Floats:
     out = side_of(plan, new.out, new.interleaved)
     values = old[:][out.source]
-    if new.kind == "bias":
-        values = values * out.write  # norms act on each channel by itself, so their copies are as they were
+    if new.kind == "bias" or new.rescales:
+        values = values * out.write  # other norms act on each channel by itself, so their copies are as they were
     elif new.final_norm:
         values = values * plan.final_norm_scale
     values[out.new] = 1.0 if new.fresh == "ones" else 0.0

@@ -73,7 +73,8 @@ class RandomPad:
         """Any size that is not smaller will do."""
 
     def maps(self, family: Family, parent: Shape, child: Shape) -> dict[str, AxisMap]:
-        return {
+        normed = {axis: corner(parent.d_head, child.d_head) for axis in ("q_normed", "k_normed") if family.qk_norm}
+        return normed | {
             axis: corner(size_of(parent, field), size_of(child, field))
             for field, axes in FIELD_AXES.items()
             for axis in axes
@@ -93,7 +94,12 @@ class Duplicate:
     * a tied output head reads with E where it should read with R: the final norm's gain and bias are divided by n;
     * d_head: 1 / sqrt(d_head) changes, so queries are multiplied by sqrt(d' / d); with RoPE old pair i of channels
       becomes pair i d' / d, whose frequency is the same. New queries are random and meet zero keys, new values are
-      random and are read by zeros: zero on both sides would never learn.
+      random and are read by zeros: zero on both sides would never learn;
+    * d_head under norms of queries and keys: zeros, or random entries, would change the mean square that the norms
+      divide by, and eps could not make up for it, being one for the whole model. So each channel is copied d' / d
+      times (old pair i to the pairs from i d' / d on), which keeps mean square and eps, and the gains do the rest:
+      sqrt(d' / d) times the old one for queries; for keys the old one at pair i d' / d, whose frequency is the same,
+      and zero at the other copies, which are so unseen until these gains learn.
     """
 
     about: ClassVar[Operator] = Operator(
@@ -107,7 +113,7 @@ class Duplicate:
     def refuse(self, family: Family, parent: Shape, child: Shape) -> None:
         for field in FIELD_AXES:
             small, large = size_of(parent, field), size_of(child, field)
-            if large % small == 0 or (field == "d_head" and not family.rotary):
+            if large % small == 0 or (field == "d_head" and not family.rotary and not family.qk_norm):
                 continue
             times = large // small
             raise GrowthError(
@@ -124,7 +130,7 @@ class Duplicate:
             "mlp": tile(parent.d_mlp, child.d_mlp // parent.d_mlp),
             "q_head": q_head,
             "kv_head": kv_head,
-        } | self._channels(parent.d_head, child.d_head, family.rotary)
+        } | (self._normed_channels if family.qk_norm else self._channels)(parent.d_head, child.d_head, family.rotary)
 
     def _heads(self, parent: Shape, child: Shape) -> tuple[AxisMap, AxisMap]:
         """New key/value head g' copies g = g' // a. Its query heads copy those of g in turn, so that over the `a`
@@ -150,6 +156,20 @@ class Duplicate:
             "k_dim": place(d, large, at),
             "v_dim": place(d, large, range(d), new_write="random", new_read="zero"),
         }
+
+    def _normed_channels(self, d: int, large: int, rotary: bool) -> dict[str, AxisMap]:
+        axes = ("q_dim", "k_dim", "q_normed", "k_normed")
+        if d == large:
+            return dict.fromkeys((*axes, "v_dim"), identity(d))
+        times = large // d
+        runs = [range(d // 2), range(d // 2, d)] if rotary else [range(d)]
+        sources = [i for run in runs for i in run for _ in range(times)]
+        seen = [float(j % times == 0) for j in range(large)]  # the first copy of each, as a run's length is a multiple
+        copied, scale = copies(d, sources), sqrt(times)
+        queries = AxisMap(d, large, sources, (scale,) * large, [s / scale for s in seen])
+        keys = AxisMap(d, large, sources, seen, seen)
+        values = self._channels(d, large, rotary)["v_dim"]
+        return dict(zip(axes, (copied, copied, queries, keys), strict=True)) | {"v_dim": values}
 
 
 WIDTH_RULES: dict[str, WidthRule] = {rule.about.key: rule for rule in (Duplicate(), RandomPad())}
