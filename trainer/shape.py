@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 WidthRule = Literal["random_pad", "duplicate"]
-DepthRule = Literal["append_random", "stack", "interleave", "identity"]
+DepthRule = Literal["append_random", "stack", "interleave", "solar", "midas", "identity"]
 
 #: Limits far above any model that exists, so that no spec makes a count or a plan run for ever.
 Dimension = Annotated[int, Field(ge=1, le=1_000_000)]

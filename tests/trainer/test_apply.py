@@ -142,7 +142,7 @@ def test_a_plan_preserves_exactly_where_a_forward_pass_in_float64_does(
     assert (True in seen) == (depth == "identity" or (width == "duplicate" and not get_family(family).square))
 
 
-@pytest.mark.parametrize("depth", ["stack", "interleave", "append_random"])
+@pytest.mark.parametrize("depth", sorted(set(DEPTH_RULES) - {"identity"}))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_other_depth_rules_change_the_function_as_their_plan_says(
     family: str, depth: str, parents: Any, tmp_path: Path
@@ -157,7 +157,7 @@ def test_other_depth_rules_change_the_function_as_their_plan_says(
     assert report["residual"] is None
 
 
-@pytest.mark.parametrize("depth", ["stack", "interleave", "identity"])
+@pytest.mark.parametrize("depth", ["stack", "interleave", "solar", "midas", "identity"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_copied_blocks_are_copies_and_no_tensor_is_shared(
     family: str, depth: str, parents: Any, tmp_path: Path

@@ -80,6 +80,16 @@ def test_every_rule_of_a_spec_exists_and_is_described() -> None:
         ("stack", (3, 7), [0, 1, 2, 0, 1, 2, 2]),
         ("interleave", (2, 4), [0, 0, 1, 1]),
         ("interleave", (3, 4), [0, 0, 1, 2]),
+        ("solar", (4, 6), [0, 1, 2, 1, 2, 3]),
+        ("solar", (5, 8), [0, 1, 2, 3, 1, 2, 3, 4]),
+        ("solar", (4, 7), [0, 1, 2, 3, 1, 2, 3]),
+        ("solar", (32, 48), [*range(24), *range(8, 32)]),
+        ("midas", (3, 4), [0, 1, 1, 2]),
+        ("midas", (4, 6), [0, 1, 0, 1, 2, 3]),
+        ("midas", (6, 8), [0, 1, 2, 3, 2, 3, 4, 5]),
+        ("midas", (8, 10), [0, 1, 2, 3, 2, 3, 4, 5, 6, 7]),
+        ("midas", (5, 7), [0, 1, 2, 1, 2, 3, 4]),
+        ("midas", (2, 4), [0, 1, 0, 1]),
         ("append_random", (2, 4), [0, 1, None, None]),
         ("identity", (2, 4), [0, 0, 1, 1]),
     ],
@@ -102,12 +112,25 @@ def test_identity_blocks_keep_the_old_ones_in_order_and_silence_all_others(paren
 
 @given(parent=st.integers(1, 12), more=st.integers(0, 30), rule=st.sampled_from(sorted(DEPTH_RULES)))
 def test_a_depth_rule_gives_the_wanted_depth_and_leaves_no_block_out(parent: int, more: int, rule: str) -> None:
+    if rule in ("solar", "midas"):
+        more = min(more, parent)
+    DEPTH_RULES[rule].refuse(parent, parent + more)
     blocks = DEPTH_RULES[rule].blocks(parent, parent + more)
 
     assert len(blocks) == parent + more
     assert {b.source for b in blocks} - {None} == set(range(parent))
     if more == 0:
         assert blocks == tuple(Block(i) for i in range(parent))
+
+
+@pytest.mark.parametrize("rule", ["solar", "midas"])
+def test_a_rule_that_runs_the_middle_twice_refuses_more_than_twice_the_depth(rule: str) -> None:
+    assert not planned("llama", child("llama", n_layers=4), grow(depth=rule)).preserves
+    assert planned("llama", child("llama", d_mlp=40), grow(depth=rule)).preserves
+    with pytest.raises(GrowthError) as caught:
+        check("llama", PARENT["llama"], child("llama", n_layers=5), grow(depth=rule))
+    assert (caught.value.field, caught.value.value) == ("shape.n_layers", 5)
+    assert "2 to 4 would be right" in caught.value.message
 
 
 @given(groups=st.integers(1, 4), members=st.integers(1, 4), a=st.integers(1, 3), c=st.integers(1, 4))
@@ -135,6 +158,8 @@ def test_only_key_value_heads_grow_and_queries_stay_where_they_are() -> None:
 # What is preserved
 
 ratios = st.integers(1, 3)
+#: The rules that lead to any depth; the others at most double it.
+ANY_DEPTH = sorted(set(DEPTH_RULES) - {"solar", "midas"})
 
 
 @st.composite
@@ -164,7 +189,7 @@ def test_duplicate_with_identity_preserves_at_every_whole_ratio(growth: tuple[st
     assert made.because.endswith("its parent does.") or made.because.endswith("is its parent.")
 
 
-@given(growth=whole_growths(), width=st.sampled_from(sorted(WIDTH_RULES)), depth=st.sampled_from(sorted(DEPTH_RULES)))
+@given(growth=whole_growths(), width=st.sampled_from(sorted(WIDTH_RULES)), depth=st.sampled_from(ANY_DEPTH))
 def test_what_is_preserved_is_computed_from_what_changes(growth: tuple[str, Shape], width: str, depth: str) -> None:
     family, to = growth
     made = planned(family, to, grow(width, depth))
@@ -174,7 +199,7 @@ def test_what_is_preserved_is_computed_from_what_changes(growth: tuple[str, Shap
     assert made.preserves == ((width == "duplicate" or same_width) and (depth == "identity" or same_depth))
 
 
-@given(growth=whole_growths(), width=st.sampled_from(sorted(WIDTH_RULES)), depth=st.sampled_from(sorted(DEPTH_RULES)))
+@given(growth=whole_growths(), width=st.sampled_from(sorted(WIDTH_RULES)), depth=st.sampled_from(ANY_DEPTH))
 def test_each_parameter_of_the_child_has_a_source_of_its_kind(
     growth: tuple[str, Shape], width: str, depth: str
 ) -> None:

@@ -104,7 +104,7 @@ def test_a_model_may_set_its_own_training_but_not_what_makes_batches() -> None:
     lr=st.floats(1e-12, 1),
     steps=st.integers(40, 10**6),
     width=st.sampled_from(["random_pad", "duplicate"]),
-    depth=st.sampled_from(["append_random", "stack", "interleave", "identity"]),
+    depth=st.sampled_from(["append_random", "stack", "interleave", "solar", "midas", "identity"]),
     name=st.text(min_size=1, max_size=120),
 )
 def test_a_spec_goes_through_json_unchanged(lr: float, steps: int, width: str, depth: str, name: str) -> None:

@@ -83,6 +83,7 @@ def check(family: str, parent: Shape, child: Shape, init: GrowInit) -> None:
     for name, message in architecture.problems(child):
         raise GrowthError(f"shape.{name}", message, getattr(child, name))
     WIDTH_RULES[init.width].refuse(architecture, parent, child)
+    DEPTH_RULES[init.depth].refuse(parent.n_layers, child.n_layers)
 
 
 def plan(
