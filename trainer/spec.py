@@ -33,7 +33,7 @@ from trainer.families import get_family
 from trainer.growth import GrowthError, check
 from trainer.shape import Dimension, GrowInit, Init, RandomInit, Shape, Spec
 
-FamilyName = Literal["gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3"]
+FamilyName = Literal["gpt2", "gpt_neox", "llama", "mistral", "olmo2", "qwen2", "qwen3"]
 Schedule = Literal["cosine", "linear", "constant"]
 Precision = Literal["auto", "fp32", "bf16"]
 

@@ -18,7 +18,7 @@ PARENT = {
     "llama": Shape(d_model=12, n_heads=6, n_kv_heads=2, d_head=4, d_mlp=20, n_layers=2),
 }
 #: Families with Llama's axes, which differ in what stands on them: they grow from and to Llama's shapes.
-LIKE_LLAMA = ("mistral", "qwen2", "qwen3")
+LIKE_LLAMA = ("mistral", "olmo2", "qwen2", "qwen3")
 PARENT |= dict.fromkeys(LIKE_LLAMA, PARENT["llama"])
 
 

@@ -32,6 +32,8 @@ SHAPES = [
     ("llama", child("llama", d_model=18, d_head=10, d_mlp=7)),
     ("mistral", PARENT["mistral"]),
     ("mistral", child("mistral", d_model=14, d_head=10, n_kv_heads=None, n_layers=3)),
+    ("olmo2", PARENT["olmo2"]),
+    ("olmo2", child("olmo2", d_model=14, d_head=10, n_kv_heads=None, n_layers=3)),
     ("qwen2", PARENT["qwen2"]),
     ("qwen2", child("qwen2", d_model=14, d_head=10, n_kv_heads=None, n_layers=3)),
     ("qwen3", PARENT["qwen3"]),
@@ -153,6 +155,10 @@ def test_what_is_suggested_is_right(family: str) -> None:
         (
             {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "attention_bias": True},
             "attention_bias",
+        ),
+        (
+            {"model_type": "olmo2", "hidden_size": 64, "num_attention_heads": 4, "attention_bias": True},
+            "attention_bias True: biases in attention",
         ),
         ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window True: a block's place"),
         (

@@ -306,6 +306,20 @@ def test_a_norm_of_queries_and_keys_wants_whole_copies_of_channels() -> None:
     assert "RoPE" in conditions("qwen3", to, k_normed=unrotated)[0]
 
 
+def test_a_norm_over_all_heads_wants_them_copied_equally_often() -> None:
+    uneven = copies(6, [0, 0, 0, 0, 1, 2, 3, 3, 4, 4, 5, 5])
+    for family in ("llama", "qwen3", "olmo2"):
+        assert conditions(family, child(family, n_heads=12)) == []
+        found = conditions(family, child(family, n_heads=12), q_head=uneven)
+        assert (["heads are not copied equally often" in clause for clause in found] == [True]) == (family == "olmo2")
+
+
+def test_a_block_with_norms_after_its_layers_is_silenced_by_their_gains() -> None:
+    table = get_family("olmo2").parameters(PARENT["olmo2"], N_POSITIONS, D_VOCAB, True)
+    names = [p.name.removeprefix("model.layers.0.") for p in table if p.layer == 0 and p.writes_residual]
+    assert names == ["post_attention_layernorm.weight", "post_feedforward_layernorm.weight"]
+
+
 def test_an_attention_scale_that_is_not_made_up_for_is_seen() -> None:
     to = child("gpt2", d_model=24, d_head=8)
     assert conditions("gpt2", to) == []

@@ -16,6 +16,7 @@ from trainer.families.gpt2 import Gpt2
 from trainer.families.gpt_neox import GptNeoX
 from trainer.families.llama import Llama
 from trainer.families.mistral import Mistral
+from trainer.families.olmo2 import Olmo2
 from trainer.families.qwen2 import Qwen2
 from trainer.families.qwen3 import Qwen3
 
@@ -40,6 +41,7 @@ FAMILIES: dict[str, Family] = {
         GptNeoX(),
         Llama(),
         Mistral(),
+        Olmo2(),
         Qwen2(),
         Qwen3(),
     )

@@ -31,6 +31,9 @@ class Llama(Family):
     not_weights = r"rotary_emb\.inv_freq$"
     architecture: ClassVar[str] = "LlamaForCausalLM"
     biases: ClassVar[bool] = False  # of queries, keys and values
+    #: Of a block's two norms, in the model's order; `post_norm`: they stand after attention and MLP, not before.
+    norms: ClassVar[tuple[str, str]] = ("input_layernorm", "post_attention_layernorm")
+    post_norm: ClassVar[bool] = False
     whole_heads: ClassVar[bool] = True  # transformers wants d_model to be a multiple of n_heads
     #: What transformers takes a field for that a config.json leaves out.
     assumed: ClassVar[Mapping[str, Any]] = {"max_position_embeddings": 2048}
@@ -69,9 +72,9 @@ class Llama(Family):
             self._attention(add, f"{block}.self_attn", i)
             add.matrix(f"{block}.mlp.gate_proj.weight", ("mlp",), embed, layer=i)
             add.matrix(f"{block}.mlp.up_proj.weight", ("mlp",), embed, layer=i)
-            add.matrix(f"{block}.mlp.down_proj.weight", embed, ("mlp",), layer=i, writes_residual=True)
-            add.vector(f"{block}.input_layernorm.weight", "norm_gain", embed, layer=i)
-            add.vector(f"{block}.post_attention_layernorm.weight", "norm_gain", embed, layer=i)
+            add.matrix(f"{block}.mlp.down_proj.weight", embed, ("mlp",), layer=i, writes_residual=not self.post_norm)
+            for norm in self.norms:
+                add.vector(f"{block}.{norm}.weight", "norm_gain", embed, layer=i, writes_residual=self.post_norm)
         add.vector("model.norm.weight", "norm_gain", embed, final_norm=True)
         if not tied:
             add.matrix("lm_head.weight", ("vocab",), embed)
@@ -84,7 +87,7 @@ class Llama(Family):
             if self.biases:
                 add.vector(f"{attention}.{name}_proj.bias", "bias", axes, layer=layer)
         out = ("q_head", "v_dim")
-        add.matrix(f"{attention}.o_proj.weight", ("embed",), out, layer=layer, writes_residual=True)
+        add.matrix(f"{attention}.o_proj.weight", ("embed",), out, layer=layer, writes_residual=not self.post_norm)
         for name, head in (("q", "q_head"), ("k", "kv_head")):
             if self.qk_norm:
                 over = (f"{name}_normed",) if self.qk_norm == "head" else (head, f"{name}_normed")
