@@ -1,8 +1,9 @@
-"""The command line: `python -m trainer run | plan | grow | agent`.
+"""The command line: `python -m trainer run | plan | grow | verify | agent`.
 
     run SPEC.json --out DIR [--only NAME] [--resume]   train an experiment's models, parents first
     plan SPEC.json [--json]                            what each model will cost, and what growth will preserve
     grow SOURCE --shape d_model=512,n_layers=4 --out DIR   grow a checkpoint and nothing else
+    verify SMALL LARGE [--text FILE] [--json]          does LARGE, however it was made, compute what SMALL does?
     agent start|status|stop|tail DIR                   a run that outlives whoever started it
 
 Several processes train one model together, each on its share of every batch, when torchrun starts them:
@@ -10,6 +11,7 @@ Several processes train one model together, each on its share of every batch, wh
     python -m torch.distributed.run --standalone --nproc-per-node 2 -m trainer run SPEC.json --out DIR --only NAME
 
 Exits with 0 when done, or stopped with a checkpoint; 1 when a run failed; 2 when what was asked for cannot be.
+`verify`: 0 where the function is preserved to rounding, 1 where it is not, 2 where that cannot be judged.
 """
 
 from __future__ import annotations
@@ -58,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m trainer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(required=True, metavar="run | plan | grow | agent")
+    commands = parser.add_subparsers(required=True, metavar="run | plan | grow | verify | agent")
 
     run = commands.add_parser("run", help="train an experiment's models, parents first")
     run.add_argument("spec", type=Path, metavar="SPEC.json")
@@ -84,6 +86,13 @@ def _parser() -> argparse.ArgumentParser:
     grow.add_argument("--seed", type=int, default=0)
     grow.add_argument("--out", type=Path, required=True, metavar="DIR")
     grow.set_defaults(command=_grow)
+
+    verify = commands.add_parser("verify", help="does one checkpoint compute what another does?")
+    verify.add_argument("small", type=Path, metavar="SMALL", help="a Hugging Face folder with safetensors")
+    verify.add_argument("large", type=Path, metavar="LARGE", help="another of the same family, made by any tool")
+    verify.add_argument("--text", type=Path, metavar="FILE", help="also measure both on it (needs torch)")
+    verify.add_argument("--json", action="store_true")
+    verify.set_defaults(command=_verify)
 
     commands.add_parser("agent", help="start, watch and stop a run that outlives whoever started it", add_help=False)
     return parser
@@ -317,6 +326,20 @@ def _grow(given: argparse.Namespace) -> int:
     for warning in growth.warnings:
         print(warning)
     return 0
+
+
+def _verify(given: argparse.Namespace) -> int:
+    from trainer.families import FamilyError
+    from trainer.growth.apply import SourceError
+    from trainer.verify import VerifyError, table, verify
+
+    try:
+        found = verify(given.small, given.large, given.text)
+    except (FamilyError, SourceError, VerifyError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(json.dumps(found.plain(), indent=1) if given.json else table(found))
+    return {"kept": 0, "changed": 1, "unknown": 2}[found.verdict]
 
 
 def _changes(text: str) -> dict[str, str]:

@@ -213,7 +213,7 @@ def _story(
     resumed = train.checkpoints(directory)[-1:]
     if resumed:
         state, precision = train.load_state(resumed[0], identity)
-        model = _load(resumed[0], device)
+        model = load_model(resumed[0], device)
     else:
         yield {"kind": "preparing", "what": "making the first weights"}
         state = train.State()
@@ -406,7 +406,7 @@ def _first_weights(
             raise CheckpointError(f"{model.init.path} cannot be loaded: {error}") from error
         if not processes.first:
             processes.wait()  # until the first has it: it may have to be fetched
-        loaded = _load(source, device)
+        loaded = load_model(source, device)
         if processes.first:
             processes.wait()
         return loaded, None
@@ -481,7 +481,7 @@ def _grown(
     weights = directory / ".grown"
     if not processes.first:
         processes.wait()
-        child = _load(weights, device)
+        child = load_model(weights, device)
         processes.wait()
         return child, None
     shutil.rmtree(weights, ignore_errors=True)
@@ -492,13 +492,13 @@ def _grown(
         )
         grow_checkpoint(source, weights, growth, settings.seed)
         processes.wait()
-        child = _load(weights, device)
+        child = load_model(weights, device)
         processes.wait()
     except (FamilyError, GrowthError, SourceError) as error:
         raise CheckpointError(f"{name} cannot be grown from {source}: {error}") from error
     finally:
         shutil.rmtree(weights, ignore_errors=True)
-    parent = _load(source, device)
+    parent = load_model(source, device)
     held_out = evaluate.windows(prepared.validation.array(), settings.n_ctx, min(GROWTH_TOKENS, settings.eval_tokens))
     return child, {
         "parent": model.init.parent,
@@ -511,7 +511,7 @@ def _grown(
     }
 
 
-def _load(path: Path | str, device: torch.device) -> Any:
+def load_model(path: Path | str, device: torch.device) -> Any:
     """A model in float32 from a Hugging Face folder or a name on the Hub."""
     import torch
     from transformers import AutoModelForCausalLM

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.families import Parameter
+from trainer.growth.depth import Block
 from trainer.growth.plan import GrowthPlan
 from trainer.growth.tensors import BLOCK_ENTRIES, Floats, Side, side_of
 from trainer.growth.weights import EPSILON, Tensor
@@ -32,17 +33,24 @@ def certificate(parent: Mapping[str, Tensor], child: Mapping[str, Tensor], plan:
     for new, old, block in plan.parameters():
         if old is None:
             continue
-        source, grown = parent[old.name], child[new.name]
-        size = _largest(source) or 1.0
-        if block.silent and new.writes_residual:
-            residuals[new.name] = _largest(grown) / size
-        elif new.into:
-            residuals[new.name] = _matrix(source, grown, new, plan) / size
-        else:
-            residuals[new.name] = _vector(source, grown, new, plan) / size
-        source.release()
-        grown.release()
+        residuals[new.name] = residual(parent[old.name], child[new.name], new, block, plan)
     return residuals
+
+
+def residual(
+    source: Tensor, grown: Tensor, new: Parameter, block: Block, plan: GrowthPlan, *, only_copied: bool = False
+) -> float:
+    """Of one tensor. `only_copied` passes over what reads a random input: is the rest what the plan copies?"""
+    size = largest(source) or 1.0
+    if block.silent and new.writes_residual:
+        found = largest(grown)
+    elif new.into:
+        found = _matrix(source, grown, new, plan, only_copied)
+    else:
+        found = _vector(source, grown, new, plan)
+    source.release()
+    grown.release()
+    return found / size
 
 
 def tolerance(dtype: str, plan: GrowthPlan) -> float:
@@ -54,7 +62,8 @@ def tolerance(dtype: str, plan: GrowthPlan) -> float:
     return EPSILON[dtype] * copies * (4 + 8 * plan.init.noise)
 
 
-def _largest(tensor: Tensor) -> float:
+def largest(tensor: Tensor) -> float:
+    """The largest |entry|."""
     rows = max(1, BLOCK_ENTRIES // max(1, *tensor.shape[1:], 1))
     blocks = (tensor[start : start + rows] for start in range(0, tensor.shape[0], rows))
     return max((float(np.abs(block).max(initial=0.0)) for block in blocks), default=0.0)
@@ -71,31 +80,32 @@ def _vector(source: Tensor, grown: Tensor, new: Parameter, plan: GrowthPlan) -> 
     return _worst(grown[:] - expected, ~out.drawn)
 
 
-def _matrix(source: Tensor, grown: Tensor, new: Parameter, plan: GrowthPlan) -> float:
+def _matrix(source: Tensor, grown: Tensor, new: Parameter, plan: GrowthPlan, only_copied: bool) -> float:
     out, into = side_of(plan, new.out, new.interleaved), side_of(plan, (new.into,))
-    worst = _in_first(source, grown, out, into) if new.in_first else _out_first(source, grown, out, into)
-    return max(worst)
+    stored = _in_first if new.in_first else _out_first
+    return max(stored(source, grown, out, into, only_copied))
 
 
-def _out_first(source: Tensor, grown: Tensor, out: Side, into: Side) -> list[float]:
+def _out_first(source: Tensor, grown: Tensor, out: Side, into: Side, only_copied: bool) -> list[float]:
     """Stored (out, in): blocks of outputs, all inputs."""
     copies, worst = into.copies, [0.0]
     step = max(1, BLOCK_ENTRIES // len(into.source))
     for start in range(0, len(out.source), step):
         rows = slice(start, start + step)
         block = grown[rows]
-        worst.append(_worst(block[:, into.drawn], ~out.drawn[rows]))
+        if not only_copied:
+            worst.append(_worst(block[:, into.drawn], ~out.drawn[rows]))
         read = copies.summed(block * into.write)  # W' E_in: (block of outputs, small inputs)
         expected = source[out.source[rows]] * np.where(out.new, 0.0, out.write)[rows, None]
         worst.append(_worst(read - expected, ~out.drawn[rows]))
     return worst
 
 
-def _in_first(source: Tensor, grown: Tensor, out: Side, into: Side) -> list[float]:
+def _in_first(source: Tensor, grown: Tensor, out: Side, into: Side, only_copied: bool) -> list[float]:
     """Stored (in, out): blocks of the parent's inputs, each with all of its copies."""
     copies, worst = into.copies, [0.0]
     step = max(1, BLOCK_ENTRIES // len(out.source))
-    random_inputs = np.flatnonzero(into.drawn)
+    random_inputs = np.flatnonzero(into.drawn & (not only_copied))
     for start in range(0, len(random_inputs), step):
         worst.append(_worst(grown[random_inputs[start : start + step]].T, ~out.drawn))
     step = max(1, BLOCK_ENTRIES // (len(out.source) * int(copies.counts.max())))
