@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from tests.trainer.pico import D_VOCAB, N_POSITIONS, PARENT, child, grow
+from tests.trainer.pico import D_VOCAB, LIKE_LLAMA, N_POSITIONS, PARENT, child, grow
 from trainer.families import get_family
 from trainer.growth import OPERATORS, GrowthError, GrowthPlan, check, plan, resolve_shape
 from trainer.growth.depth import DEPTH_RULES, Block
@@ -165,7 +165,7 @@ ANY_DEPTH = sorted(set(DEPTH_RULES) - {"solar", "midas"})
 @st.composite
 def whole_growths(draw: st.DrawFn) -> tuple[str, Shape]:
     """A family and a child that duplicate can reach."""
-    family = draw(st.sampled_from(["gpt2", "llama"]))
+    family = draw(st.sampled_from(["gpt2", "llama", *LIKE_LLAMA]))
     parent = PARENT[family]
     heads, d_head, mlp, layers = (draw(ratios) for _ in range(4))
     changes = {
