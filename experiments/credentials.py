@@ -397,11 +397,16 @@ def authorized_line(host: Host) -> str:
 
 
 def install_command(host: Host) -> str:
-    """Adds that line. The file may lack its last newline, hence the first of ours; empty lines mean nothing there."""
+    """Adds that line. The file may lack its last newline, hence the first of ours; empty lines mean nothing there.
+
+    A jump host's takes the place of the one that the machine got before it was a jump host: of two lines with the same
+    key, the SSH server heeds the first.
+    """
     keys = "~/.ssh/authorized_keys"
+    instead = f"touch {keys} && {revoke_command(host)} && " if host.forwards else ""
     return (
-        f"mkdir -p ~/.ssh && chmod 700 ~/.ssh && printf '\\n%s\\n' {shlex.quote(authorized_line(host))} >> {keys} "
-        f"&& chmod 600 {keys}"
+        f"mkdir -p ~/.ssh && chmod 700 ~/.ssh && {instead}"
+        f"printf '\\n%s\\n' {shlex.quote(authorized_line(host))} >> {keys} && chmod 600 {keys}"
     )
 
 

@@ -218,8 +218,8 @@ def _let_through(request: HttpRequest, host: Host) -> None:
         if jump.credential == Host.Credential.GENERATED:
             messages.warning(
                 request,
-                f"{jump.name} must let connections through to {host.name}: put the line that its page “Change "
-                "credential” shows now in the place of Kangaroo's old one there.",
+                f"{jump.name} must let connections through to {host.name}: run the command there that its page “Change "
+                "credential” shows now. It puts a new line in the place of Kangaroo's old one.",
             )
 
 

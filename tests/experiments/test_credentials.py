@@ -739,6 +739,30 @@ def test_the_commands_put_the_line_in_and_take_it_out(tmp_path: Path, shell: str
     assert sorted(path.name for path in tmp_path.iterdir()) == [".ssh", "var"]
 
 
+@pytest.mark.parametrize("shell", SHELLS)
+def test_the_line_of_a_jump_host_takes_the_place_of_its_older_one(tmp_path: Path, shell: str) -> None:
+    host = paired("gate")
+    keys = tmp_path / ".ssh" / "authorized_keys"
+    paste(shell, tmp_path, credentials.install_command(host))
+    with keys.open("a") as file:
+        file.write("ssh-ed25519 AAAAother me@here\n")
+    host.forwards = True
+    for _ in range(2):
+        paste(shell, tmp_path, credentials.install_command(host))
+        lines = [line for line in keys.read_text().splitlines() if line]
+        assert lines == ["ssh-ed25519 AAAAother me@here", credentials.authorized_line(host)]
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_jump_host_may_get_its_line_as_its_first(tmp_path: Path, shell: str) -> None:
+    host = paired("gate")
+    host.forwards = True
+    paste(shell, tmp_path, credentials.install_command(host))
+    keys = tmp_path / ".ssh" / "authorized_keys"
+    assert keys.read_text().split("\n") == ["", credentials.authorized_line(host), ""]
+    assert stat.S_IMODE(keys.stat().st_mode) == 0o600
+
+
 def test_the_line_restricts_what_the_key_may_do_and_holds_no_foreign_character() -> None:
     host = paired("Ada's\nbox")
     kind, blob = host.public_key.split()[:2]
