@@ -82,9 +82,9 @@ class RunStanding:
 
     @property
     def seconds_left(self) -> float | None:
-        """At the pace so far."""
+        """At the pace so far; None while nothing is heard of it."""
         run = self.run
-        if run.state != State.RUNNING or not run.step or not run.train_seconds or not self.total:
+        if self.away or run.state != State.RUNNING or not run.step or not run.train_seconds or not self.total:
             return None
         return (self.total - run.step) * run.train_seconds / run.step if run.step < self.total else None
 
@@ -113,7 +113,7 @@ class RunStanding:
         if host.problem == Host.Problem.UNREACHABLE:
             return Away(host.unreachable_since, f"{host} unreachable", "still trying", host.problem_text)
         if host.problem == Host.Problem.KEY_CHANGED:
-            said = "Its host key has changed. Nothing is done there until its owner has looked into it."
+            said = "Its host key has changed: Kangaroo does not sign in there until you have compared the two keys."
             return Away(host.unreachable_since, f"{host} stopped", "what trains there goes on", said)
         return Away(host.unreachable_since, f"{host} cannot be used", "still trying", host.problem_text)
 
@@ -211,8 +211,10 @@ class Standing:
     def seconds_left(self) -> float | None:
         """Until the last model is done, if all goes on at the pace of those that train now; rough.
 
-        A model that waits begins when its parent is done. None while a pace is unknown.
+        A model that waits begins when its parent is done. None while a pace is unknown, or nothing is heard of one.
         """
+        if any(each.away for each in self.runs):
+            return None
         paces = [run.flops / run.train_seconds for run in self._runs if run.train_seconds and run.flops]
         if not self.is_active or not paces:
             return None

@@ -12,7 +12,7 @@ from django.urls import reverse
 from django.utils import timezone
 
 from accounts.models import User
-from experiments.models import Experiment, ModelRun, Reason, State
+from experiments.models import Experiment, Host, ModelRun, Reason, State
 from tests.experiments.factories import make_experiment, make_user
 
 pytestmark = pytest.mark.django_db
@@ -80,6 +80,22 @@ def test_a_running_card_has_progress_and_time_left(client: Client, ada: User) ->
     # 300 of 400 steps left, 0.02 s each.
     assert "25\N{NO-BREAK SPACE}%, about 6.0\N{NO-BREAK SPACE}s left" in html
     assert 'value="0.2500"' in html
+
+
+@pytest.mark.parametrize("problem", ["unreachable", "key_changed"])
+def test_nothing_is_said_of_the_time_left_while_nothing_is_heard_of_a_run(
+    client: Client, ada: User, problem: str
+) -> None:
+    experiment = make_experiment(ada, state="running", until=0.25)
+    host = Host.objects.create(name="gpu1", kind=Host.Kind.SSH, owner=ada, problem=problem)
+    experiment.runs.update(host=host)
+    for address in (URL, experiment.get_absolute_url()):
+        html = client.get(address).content.decode()
+        assert "25\N{NO-BREAK SPACE}%" in html
+        assert "s left" not in html
+    assert f'href="{host.get_absolute_url()}">See gpu1</a>' in html
+    Host.objects.filter(pk=host.pk).update(problem="")
+    assert "s left" in client.get(URL).content.decode()
 
 
 def test_a_run_whose_steps_are_done_is_not_said_to_train(client: Client, ada: User) -> None:
