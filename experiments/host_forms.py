@@ -29,6 +29,12 @@ TYPED = 4
 _PLAIN = {"autocomplete": "off", "spellcheck": "false", "autocapitalize": "off"}
 
 
+def _whole(label: str, least: int, most: int) -> dict[str, str]:
+    """The same sentence, whatever is wrong with a number."""
+    said = f"{label}: must be a whole number from {least} to {most}."
+    return dict.fromkeys(("invalid", "min_value", "max_value"), said)
+
+
 class HostForm(forms.ModelForm):  # type: ignore[type-arg]  # generic for the type checker alone
     """Where a machine is and what Kangaroo does there."""
 
@@ -104,6 +110,9 @@ class HostForm(forms.ModelForm):  # type: ignore[type-arg]  # generic for the ty
             "username": {"required": "User: say who you are on that machine, such as ada."},
             "price_per_hour": {"invalid": "Price an hour: must be a number, such as 1.20."},
             "jump": {"invalid_choice": "Jump host: must be one of your confirmed machines."},
+            "port": _whole("Port", 1, 65535),
+            "slots": _whole("Runs at once, without a GPU", 1, 64),
+            "runs_per_gpu": _whole("Runs a GPU", 1, 16),
         }
 
     def __init__(self, *args: Any, owner: User, **kwargs: Any) -> None:

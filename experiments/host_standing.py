@@ -258,7 +258,12 @@ def _state(standing: HostStanding) -> HostState:
             if host.probed_at
             else "It was not looked at yet.",
         )
-    return HostState("succeeded", "ready", "Runs can train here.")
+    blind = standing.gpus and (_part(host.facts, "torch", dict) or {}).get("cuda_available") is False
+    return HostState(
+        "succeeded",
+        "ready",
+        "Runs can train here, but on its cores: its torch does not see the GPUs." if blind else "Runs can train here.",
+    )
 
 
 def _for_others(state: HostState) -> HostState:

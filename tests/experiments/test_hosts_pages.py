@@ -312,6 +312,21 @@ def test_an_unreachable_machine_says_since_when_and_that_it_is_tried(client: Cli
     assert re.search(r"unreachable since <time data-of-day datetime=\"20[^\"]+\">[^<]+</time>, still trying", html)
 
 
+def test_a_machine_whose_torch_sees_no_gpu_says_so_beside_ready(client: Client, ada: User) -> None:
+    host = make_host(ada, facts=FACTS | {"torch": {"version": "2.13.0+cpu", "cuda_available": False}})
+    assert "on its cores: its torch does not see the GPUs" in said(client, reverse("host", args=[host.pk]))
+    Host.objects.filter(pk=host.pk).update(facts=FACTS)
+    assert "does not see the GPUs" not in said(client, reverse("host", args=[host.pk]))
+
+
+def test_a_machine_without_torch_can_be_set_up_or_told_which_python_has_it(client: Client, ada: User) -> None:
+    host = make_host(ada, env_python="")
+    html = page(client.get(reverse("host", args=[host.pk])))
+    assert "Set up this host" in html
+    assert 'href="#id_python"' in html
+    assert 'id="id_python"' in html
+
+
 def test_gpus_have_bars_and_their_age(client: Client, ada: User) -> None:
     make_host(ada)
     html = page(client.get(reverse("hosts")))
@@ -424,8 +439,8 @@ def test_adding_makes_a_key_and_goes_on_to_the_host_key(client: Client, ada: Use
         ("address", "gpu2:22", "the port has a field of its own"),
         ("address", "-oProxyCommand=x", "must be a name such as"),
         ("address", "gpu2;reboot", "must be a name such as"),
-        ("port", "70000", "65535"),
-        ("port", "ssh", "whole number"),
+        ("port", "70000", "Port: must be a whole number from 1 to 65535."),
+        ("port", "ssh", "Port: must be a whole number"),
         ("username", "", "User: say who you are"),
         ("username", "-l root", "as `whoami` prints it"),
         ("folder", "/", "must be a folder of its own"),
@@ -435,8 +450,8 @@ def test_adding_makes_a_key_and_goes_on_to_the_host_key(client: Client, ada: Use
         ("before", "echo \x1b[2J", "cannot be typed in a shell"),
         ("price_per_hour", "cheap", "must be a number"),
         ("price_per_hour", "-1", "must not be below 0"),
-        ("slots", "0", "greater than or equal to 1"),
-        ("runs_per_gpu", "99", "less than or equal to 16"),
+        ("slots", "0", "a GPU: must be a whole number from 1 to 64."),
+        ("runs_per_gpu", "99", "Runs a GPU: must be a whole number from 1 to 16."),
         ("gpu_choice", "all of them", "must be their numbers"),
         ("jump", "999999", "one of your confirmed machines"),
     ],
