@@ -327,6 +327,15 @@ def test_a_machine_without_torch_can_be_set_up_or_told_which_python_has_it(clien
     assert 'id="id_python"' in html
 
 
+def test_a_machine_never_confirmed_is_not_said_to_keep_anything(client: Client, ada: User) -> None:
+    host = make_host(ada, host_key="")
+    address = reverse("host_delete", args=[host.pk])
+    assert "left nothing" in said(client, address)
+    assert "What stays" not in said(client, address)
+    HostKeyPin.objects.create(host=host, key=a_key(), by=ada)  # so it was, at an address that it had before
+    assert "What stays" in said(client, address)
+
+
 def test_gpus_have_bars_and_their_age(client: Client, ada: User) -> None:
     make_host(ada)
     html = page(client.get(reverse("hosts")))
