@@ -27,7 +27,7 @@ from django.utils import timezone
 
 from experiments import hosts, jobs, mirror
 from experiments.line import ring_line
-from experiments.models import ACTIVE, Host, HostTask, ModelRun, Removal, State, Transfer
+from experiments.models import ACTIVE, Host, HostTask, ModelRun, Reason, Removal, State, Transfer
 from experiments.transport import HostProblem, for_host
 from experiments.transport.client import hang_up
 from experiments.transport.keeper import Keeper
@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 EVERY = 0.5
 #: Seconds between two readings of a host on which runs train or wait.
 READ_EVERY = 5.0
+#: The same while runs wait for a GPU there.
+READ_EAGERLY = 1.0
 #: Transfers from one host at a time; the others wait.
 TRANSFERS = 2
 #: Seconds before what has failed again and again is tried once more, at most.
@@ -91,8 +93,10 @@ class Collector:
         for host in Removal.objects.order_by().values_list("host", flat=True).distinct():
             self._do("removals", host, partial(self._remove, host))
         busy = Host.objects.filter(runs__state__in=ACTIVE).exclude(kind=Host.Kind.WORKER).distinct()
+        waited_for = set(ModelRun.objects.filter(state=State.QUEUED, reason=Reason.WAITING_FOR_GPU).values_list("host"))
         for pk in busy.values_list("pk", flat=True):
-            if time.monotonic() - self._read_at.get(pk, -READ_EVERY) >= READ_EVERY:
+            every = READ_EAGERLY if (pk,) in waited_for else READ_EVERY
+            if time.monotonic() - self._read_at.get(pk, -every) >= every:
                 self._read_at[pk] = time.monotonic()
                 self._do("readings", pk, partial(self._read, pk))
 
@@ -173,8 +177,9 @@ class Collector:
     def _read(self, pk: int) -> None:
         host = Host.objects.filter(pk=pk).first()
         if host is not None:
+            at = timezone.now()  # what happens while it answers is not in them
             readings = for_host(host).readings()
-            Host.objects.filter(pk=pk).update(readings=readings, readings_at=timezone.now())
+            Host.objects.filter(pk=pk).update(readings=readings, readings_at=at)
             if host.runs.filter(state=State.QUEUED).exists():
                 host.refresh_from_db()
                 ring_line(host)  # they wait for GPUs that nobody has looked at until now

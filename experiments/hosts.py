@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from django.db.models.functions import Coalesce, Now
 from django.utils import timezone
 
 from experiments.credentials import fingerprint
@@ -69,6 +70,7 @@ def perform(task: HostTask, leaving: Callable[[], bool] = lambda: False) -> None
         return
     steps = _Steps(task, SET_UP_STEPS | PROBE_STEPS if task.kind == HostTask.Kind.SET_UP else PROBE_STEPS)
     state = HostTask.State.SUCCEEDED
+    standing = {"problem": "", "problem_text": ""}
     try:
         if task.kind == HostTask.Kind.SET_UP and not _set_up(task, steps, leaving):
             return  # the next collector goes on with it
@@ -81,6 +83,7 @@ def perform(task: HostTask, leaving: Callable[[], bool] = lambda: False) -> None
     except HostProblem as problem:
         steps.fail_current(problem.message, "")
         state = HostTask.State.FAILED
+        standing = {"problem": problem.kind, "problem_text": problem.message[:500]}
     except OSError as error:
         steps.fail_current(f"The host answered with an error: {_cut(str(error))}", "Look again; the log may say more.")
         state = HostTask.State.FAILED
@@ -88,6 +91,10 @@ def perform(task: HostTask, leaving: Callable[[], bool] = lambda: False) -> None
         log.info("host %s answered what cannot be", task.host_id, exc_info=True)
         steps.fail_current("The host gave an answer that cannot be.", "Look again; its trainer may be damaged.")
         state = HostTask.State.FAILED
+    if state == HostTask.State.SUCCEEDED or standing["problem"]:
+        # The keeper notes it too, but perhaps only after the page has seen the end and asks no more.
+        since = Coalesce("unreachable_since", Now()) if standing["problem"] else None
+        Host.objects.filter(pk=task.host_id).update(**standing, unreachable_since=since)
     active.update(state=state, ended_at=timezone.now())
     kept = task.host.tasks.order_by("-created").values_list("pk", flat=True)[:TASKS_KEPT]
     HostTask.objects.filter(host=task.host_id, ended_at__isnull=False).exclude(pk__in=list(kept)).delete()

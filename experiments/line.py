@@ -16,7 +16,7 @@ from typing import Any
 from uuid import UUID
 
 from django.db import transaction
-from django.db.models import Exists, F, OuterRef, Q, Sum
+from django.db.models import Exists, F, Max, OuterRef, Q, Sum
 from django.utils import timezone
 from redis.exceptions import RedisError
 from rq import Queue, Retry
@@ -105,6 +105,10 @@ def _gpus(host: Host) -> list[dict[str, Any]] | None:
     # Read by the collector, every few seconds while something trains or waits there. No worker, which serves everybody,
     # is to wait for a host that does not answer, or takes its time; the collector rings when it has.
     if host.problem or host.readings_at is None or timezone.now() - host.readings_at > FRESH:
+        return []
+    # While a run of ours had a GPU, nobody could tell who else was on it.
+    ended = ModelRun.objects.filter(host=host.pk).aggregate(Max("ended_at"))["ended_at__max"]
+    if ended is not None and host.readings_at < ended:
         return []
     return _chosen(host, (host.readings or {}).get("gpus") or [])
 

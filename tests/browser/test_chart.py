@@ -89,6 +89,7 @@ def test_zoom_and_what_was_open_outlast_live_updates(
     expect(page.locator("#live")).to_have_text("In the middle: succeeded")
     expect(page.locator("#stop")).to_have_count(0)
     # Nothing is left to wait for, so nothing is asked for any more.
+    page.wait_for_load_state("networkidle")
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
     page.wait_for_timeout(5000)
