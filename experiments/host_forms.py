@@ -377,7 +377,7 @@ class InterpreterForm(forms.Form):
         label="Its Python",
         max_length=300,
         widget=forms.TextInput(attrs=_PLAIN),
-        help_text="A path there, such as ~/miniconda3/envs/work/bin/python. It must have torch and transformers.",
+        help_text="A path there, such as ~/miniconda3/envs/train/bin/python. It must have torch and transformers.",
         error_messages={"required": "Its Python: give the path of the interpreter there."},
     )
     use_required_attribute = False

@@ -538,11 +538,11 @@ def host_task_cancel(request: SignedInRequest, pk: int, task: int) -> HttpRespon
 @_members
 @_recently
 def host_offer(request: SignedInRequest, pk: int) -> HttpResponse:
-    """Offer a machine to all, or no longer: an administrator's to say, for machines of their own or offered already."""
-    if not request.user.is_staff:
-        raise Http404("staff alone")
+    """Offer a machine to all, or no longer: an administrator's to say; its owner may take it back."""
     host = _visible(request, pk)
     offered = "offered" in request.POST
+    if not request.user.is_staff and (offered or not host.may_change(request.user)):
+        raise Http404("staff alone")
     Host.objects.filter(pk=host.pk).update(offered=offered)
     messages.info(
         request, f"Every user may train on {host.name} now." if offered else f"{host.name} is its owner's alone now."

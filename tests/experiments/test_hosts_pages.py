@@ -231,6 +231,13 @@ def test_an_administrator_offers_a_machine_and_takes_it_back(client: Client, ada
     assert not Host.objects.visible_to(eve).filter(pk=host.pk).exists()
 
 
+def test_an_owner_takes_back_what_an_administrator_has_offered(client: Client, ada: User, eve: User) -> None:
+    host = make_host(ada, offered=True)
+    assert "Offer it no longer" in page(client.get(reverse("host", args=[host.pk])))
+    client.post(reverse("host_offer", args=[host.pk]))
+    assert not Host.objects.visible_to(eve).filter(pk=host.pk).exists()
+
+
 # A recent sign-in -----------------------------------------------------------------------------------------------------
 
 
@@ -766,9 +773,9 @@ def test_an_existing_environment_is_looked_at_first(client: Client, ada: User) -
     address = reverse("host_set_up", args=[host.pk])
     for wrong in ("", "python3", "~other/bin/python"):
         assert client.post(address, {"python": wrong}).status_code == 422
-    client.post(address, {"python": "~/miniconda3/envs/work/bin/python"})
+    client.post(address, {"python": "~/miniconda3/envs/train/bin/python"})
     host.refresh_from_db()
-    assert (host.python, host.env_python) == ("~/miniconda3/envs/work/bin/python", "")
+    assert (host.python, host.env_python) == ("~/miniconda3/envs/train/bin/python", "")
     assert HostTask.objects.get().kind == HostTask.Kind.PROBE
 
 
