@@ -169,20 +169,19 @@ def learning_rate(value: Any) -> str:
 @register.filter
 def clock(moment: datetime | None) -> SafeString | str:
     """A <time> element with a time of day, put into the reader's zone by static/js/base.js."""
-    if moment is None:
-        return MISSING
-    utc = moment.astimezone(UTC)
-    return format_html(
-        '<time data-of-day datetime="{}">{}</time>', utc.isoformat(timespec="seconds"), utc.strftime("%H:%M UTC")
-    )
+    return _time(moment, "%H:%M UTC", SafeString(" data-of-day"))
 
 
 @register.filter
 def when(moment: datetime | None) -> SafeString | str:
     """A <time> element: exact here, made relative by static/js/base.js with the exact time on hover."""
+    return _time(moment, "%-d %b %Y, %H:%M UTC")
+
+
+def _time(moment: datetime | None, written: str, mark: str = "") -> SafeString | str:
     if moment is None:
         return MISSING
     utc = moment.astimezone(UTC)
     return format_html(
-        '<time datetime="{}">{}</time>', utc.isoformat(timespec="seconds"), utc.strftime("%-d %b %Y, %H:%M UTC")
+        '<time{} datetime="{}">{}</time>', mark, utc.isoformat(timespec="seconds"), utc.strftime(written)
     )
