@@ -24,9 +24,9 @@ from experiments import sources
 from experiments.line import most_gpus
 from experiments.models import Experiment, Host
 from experiments.values import DIMENSIONS, TRAIN_FIELDS, document_of, field_of, set_aside
-from trainer.families import FamilyError, family_of, get_family, read_config
+from trainer.families import FAMILIES, FamilyError, family_of, get_family, read_config
 from trainer.growth import OPERATORS
-from trainer.spec import ExperimentSpec, FamilyName, Problem, SpecError, TrainSpec, is_path, parse_spec
+from trainer.spec import ExperimentSpec, Problem, SpecError, TrainSpec, is_path, parse_spec
 
 #: The numbers and choices of the section Training, and those that are folded away there.
 TRAINING = ("max_steps", "num_epochs", "n_ctx", "batch_size", "lr", "warmup_steps", "weight_decay", "seed")
@@ -200,7 +200,7 @@ class ExperimentForm(forms.Form):
         widget=forms.Textarea(attrs={"class": "form-control", "rows": 2}),
         help_text="What you want to find out. Only for people.",
     )
-    family = _select([(name, get_family(name).title) for name in get_args(FamilyName)], help_text="Of all models here.")
+    family = _select([(name, family.title) for name, family in FAMILIES.items()], help_text="Of all models here.")
     tie_embeddings = _check(help_text="The output layer is the embedding table.")
     small_source = _radio(
         [("random", "trained here, from random weights"), ("checkpoint", "a pre-trained checkpoint")], label="small is"
@@ -213,10 +213,10 @@ class ExperimentForm(forms.Form):
     growth_init_range = NumberField(
         label="init_range of new weights", help_text="Of weights that growth draws at random. Empty: large's."
     )
-    growth_noise = NumberField(
-        label="noise",
-        help_text="What duplication adds where it cannot be seen, against the copied weights, so that copies do not "
-        "stay alike. 0: none.",
+    growth_snr_db = NumberField(
+        label="noise (dB)",
+        help_text="Signal to noise of what duplication adds where it cannot be seen, so that copies do not stay alike. "
+        "0: as large as the weights. Empty: none.",
     )
     train_large = _check(
         label="Train large too",

@@ -52,7 +52,7 @@ def values_of(spec: ExperimentSpec) -> dict[str, Any]:
         "small_init_range": 0.02 if from_checkpoint else getattr(small.init, "init_range", 0.02),
         "large_init_range": big_range,
         "growth_init_range": None if grow.init_range == big_range else grow.init_range,
-        "growth_noise": grow.noise,
+        "growth_snr_db": grow.snr_db,
         "width": grow.width,
         "depth": grow.depth,
         "train_large": large is not None,
@@ -127,7 +127,11 @@ def document_of(values: Values) -> dict[str, Any]:
         models["small"]["init"] = {"kind": "checkpoint", **_present(values, path="small_checkpoint")}
         if all(value is None for name, value in models["small"]["shape"].items() if name != "layer_norm_eps"):
             models["small"]["shape"] = None
-    growth = {"kind": "grow", "parent": "small", **_present(values, width="width", depth="depth", noise="growth_noise")}
+    growth = {
+        "kind": "grow",
+        "parent": "small",
+        **_present(values, width="width", depth="depth", snr_db="growth_snr_db"),
+    }
     from_ = "large_init_range" if values.get("growth_init_range") is None else "growth_init_range"
     growth |= _present(values, init_range=from_)
     models["scaled"] = {**model, "shape": large_shape, "init": growth}
@@ -196,7 +200,7 @@ _DATA = {"config": "hub_config", "text_column": "text_column"}
 _SOURCE = {"hub": "hub_name", "local": "local_path", "upload": "upload"}
 _MODEL = {"family": "family", "tie_embeddings": "tie_embeddings", "init.kind": "small_source"}
 _GROWTH = {
-    "init.noise": "growth_noise",
+    "init.snr_db": "growth_snr_db",
     "init.width": "width",
     "init.depth": "depth",
     "init.init_range": "growth_init_range",

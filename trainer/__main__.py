@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     grow.add_argument("--width", default="duplicate", metavar="RULE")
     grow.add_argument("--depth", default="identity", metavar="RULE")
     grow.add_argument("--init-range", type=float, default=0.02, metavar="STD", help="of what is drawn anew")
-    grow.add_argument("--noise", type=float, default=1.0, metavar="SIZE", help="unseen, to tell copies apart; 0: none")
+    grow.add_argument("--snr-db", type=_decibels, default=0.0, metavar="DB", help="of unseen noise, or `none`")
     grow.add_argument("--seed", type=int, default=0)
     grow.add_argument("--out", type=Path, required=True, metavar="DIR")
     grow.set_defaults(command=_grow)
@@ -102,6 +102,13 @@ def _threads(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"threads {text!r}: must be a whole number, at least 1")
     return int(text)
+
+
+def _decibels(text: str) -> float | None:
+    try:
+        return None if text == "none" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a number of decibels, or `none`") from None
 
 
 # --- run --------------------------------------------------------------------------------------------------------------
@@ -304,7 +311,7 @@ def _grow(given: argparse.Namespace) -> int:
         family = family_of(config)
         parent, n_positions, d_vocab, tied = family.shape_of(config)
         init = GrowInit(
-            parent="source", width=given.width, depth=given.depth, init_range=given.init_range, noise=given.noise
+            parent="source", width=given.width, depth=given.depth, init_range=given.init_range, snr_db=given.snr_db
         )
         child = resolve_shape(family.name, parent, _changes(given.shape))
         growth = plan(family.name, parent, child, init, n_positions=n_positions, d_vocab=d_vocab, tied=tied)

@@ -29,11 +29,12 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from trainer.families import get_family
+from trainer.families import FAMILIES, get_family
 from trainer.growth import GrowthError, check
+from trainer.growth.depth import DEPTH_RULES
+from trainer.growth.width import WIDTH_RULES
 from trainer.shape import Dimension, GrowInit, Init, RandomInit, Shape, Spec
 
-FamilyName = Literal["gpt2", "gpt_neox", "llama", "mistral", "olmo2", "qwen2", "qwen3"]
 Schedule = Literal["cosine", "linear", "constant"]
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -177,11 +178,27 @@ OVERRIDABLE = frozenset(TrainSpec.model_fields) - {"n_ctx", "batch_size", "preci
 class ModelSpec(Spec):
     """One model of an experiment. `shape` may be left out for a checkpoint, whose config gives it."""
 
-    family: FamilyName = "llama"
+    family: str = "llama"
     shape: Shape | None = None
     init: Init = RandomInit()
     tie_embeddings: bool = True
     train: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("family")
+    @classmethod
+    def _known_family(cls, value: str) -> str:
+        if value not in FAMILIES:
+            raise PydanticCustomError("family", "must be one of {names}", {"names": ", ".join(FAMILIES)})
+        return value
+
+    @field_validator("init")
+    @classmethod
+    def _known_rules(cls, value: Init) -> Init:
+        if isinstance(value, GrowInit):
+            for half, rules in (("width", WIDTH_RULES), ("depth", DEPTH_RULES)):
+                if getattr(value, half) not in rules:
+                    raise _error(half, f"must be one of {', '.join(rules)}", getattr(value, half))
+        return value
 
     @field_validator("train")
     @classmethod

@@ -119,7 +119,7 @@ def find_plan(old: Source, new: Source) -> tuple[GrowthPlan | None, list[TensorC
     best: tuple[tuple[int, int, bool], GrowthPlan, list[TensorCheck]] | None = None
     for width in WIDTH_RULES:
         for depth in DEPTH_RULES:
-            init = GrowInit.model_validate({"parent": "small", "width": width, "depth": depth, "noise": 0})
+            init = GrowInit.model_validate({"parent": "small", "width": width, "depth": depth, "snr_db": None})
             _, n_positions, d_vocab, tied = old.described
             try:
                 made = plan(

@@ -91,7 +91,7 @@ def standard_specs(draw: st.DrawFn) -> ExperimentSpec:
         "width": draw(st.sampled_from(["duplicate", "random_pad"])),
         "depth": draw(st.sampled_from(["append_random", "stack", "interleave", "identity"])),
         "init_range": draw(small_floats),
-        "noise": draw(st.sampled_from([0, 0.25, 1.0])),
+        "snr_db": draw(st.sampled_from([None, 10.0, 0.0])),
     }
     models = {
         "small": {**model, "shape": small, "init": {"kind": "random", "init_range": draw(small_floats)}},
@@ -159,7 +159,7 @@ def test_every_field_of_a_spec_has_a_place_in_the_form() -> None:
     """A field added to the spec and forgotten here would be lost by `Use as a start`."""
     leaves = {f"train.{name}" for name in TrainSpec.model_fields}
     leaves |= {f"models.large.shape.{name}" for name in Shape.model_fields}
-    leaves |= {f"models.scaled.init.{name}" for name in ("width", "depth", "init_range", "noise")}
+    leaves |= {f"models.scaled.init.{name}" for name in ("width", "depth", "init_range", "snr_db")}
     form = ExperimentForm(user=NOBODY)
     assert not [leaf for leaf in leaves if field_of(leaf, {"growth_init_range": "1"}) not in form.fields]
 
@@ -184,7 +184,7 @@ def test_every_field_of_a_spec_has_a_place_in_the_form() -> None:
         ({"large_init_range": "2"}, "large_init_range", "init_range 2: must be at most 1"),
         ({"large_init_range": "2", "train_large": False}, "large_init_range", "at most 1"),
         ({"growth_init_range": "2"}, "growth_init_range", "at most 1"),
-        ({"growth_noise": "-1"}, "growth_noise", "noise -1: must be at least 0"),
+        ({"growth_snr_db": "-21"}, "growth_snr_db", "noise (dB) -21: must be at least -20"),
         ({"large_layer_norm_eps": "1"}, "large_layer_norm_eps", "less than 0.1"),
         ({"width": "teleport"}, "width", "teleport"),
         ({"lr": "fast"}, "lr", "lr fast: must be a number"),

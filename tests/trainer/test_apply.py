@@ -302,7 +302,7 @@ def test_the_size_of_a_block_of_rows_changes_nothing(
 def test_the_stored_dtype_is_kept(family: str, dtype: str, tmp_path: Path) -> None:
     source = save(tmp_path / "parent", family, PARENT[family], dtype=dtype)
     to = child(family, **GROWTHS["width x2"][family], n_layers=4)
-    grow_checkpoint(source, tmp_path / "child", plan_for(source, to, grow(noise=0)), seed=0)
+    grow_checkpoint(source, tmp_path / "child", plan_for(source, to, grow(snr_db=None)), seed=0)
 
     kept = {tensor.dtype for tensor in Weights(tmp_path / "child").tensors.values()}
     assert kept == {tensor.dtype for tensor in Weights(source).tensors.values()}

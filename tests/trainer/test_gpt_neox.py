@@ -109,7 +109,7 @@ def test_each_head_keeps_its_queries_keys_and_values_together(tmp_path: Path) ->
     source = save(tmp_path / "parent", "gpt_neox", PICO)
     opened = open_source(source)
     to = child("gpt_neox", d_model=48, n_heads=6)
-    made = plan("gpt_neox", PICO, to, grow(noise=0), n_positions=N_POSITIONS, d_vocab=D_VOCAB, tied=True)
+    made = plan("gpt_neox", PICO, to, grow(snr_db=None), n_positions=N_POSITIONS, d_vocab=D_VOCAB, tied=True)
     grow_checkpoint(source, tmp_path / "child", made, seed=0)
     name = "gpt_neox.layers.1.attention.query_key_value.bias"
     old = named_weights(opened)[name][:].reshape(3, 3, 8)

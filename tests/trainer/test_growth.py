@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 from hypothesis import assume, given
@@ -15,7 +15,7 @@ from trainer.growth.depth import DEPTH_RULES, Block
 from trainer.growth.exactness import broken
 from trainer.growth.maps import NEW, copies, corner, identity, place, product, tile
 from trainer.growth.width import WIDTH_RULES
-from trainer.shape import DepthRule, GrowInit, Shape, WidthRule
+from trainer.shape import GrowInit, Shape
 
 
 def planned(family: str, to: Shape, init: GrowInit, tied: bool = True) -> GrowthPlan:
@@ -62,8 +62,6 @@ def test_a_product_of_maps_is_the_map_of_two_axes_laid_out_together() -> None:
 
 
 def test_every_rule_of_a_spec_exists_and_is_described() -> None:
-    assert set(WIDTH_RULES) == set(get_args(WidthRule))
-    assert set(DEPTH_RULES) == set(get_args(DepthRule))
     for operator in (*OPERATORS["width"], *OPERATORS["depth"]):
         assert operator.title
         assert operator.line.endswith(".")
@@ -386,9 +384,9 @@ def test_a_gpt2_head_may_grow_by_any_ratio() -> None:
 
 def test_exact_copies_without_noise_are_warned_of() -> None:
     wider = child("llama", d_mlp=40)
-    assert planned("llama", wider, grow(noise=0)).warnings
+    assert planned("llama", wider, grow(snr_db=None)).warnings
     assert planned("llama", wider, grow()).warnings == []
-    assert planned("llama", child("llama", n_layers=4), grow(noise=0)).warnings == []
+    assert planned("llama", child("llama", n_layers=4), grow(snr_db=None)).warnings == []
 
 
 def test_random_pad_warns_where_it_tears_heads_apart() -> None:

@@ -21,7 +21,7 @@ it; growth rules are written on the axes alone and so work for every family. How
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -59,6 +59,7 @@ class Parameter:
     writes_residual: bool = False  # with all of these zero, a block adds nothing to the residual stream
     final_norm: bool = False
     rescales: bool = False  # a gain that leads from one axis (q_dim) to another (q_normed): copies may have other ones
+    from_one: bool = False  # a gain that is stored as its difference from one
     looked_up: bool = False  # a table whose rows are picked, not multiplied: costs no FLOPs
     reads_vocab: bool = False  # a tied table: also the output head
 
@@ -74,8 +75,8 @@ class Parameter:
 
     @property
     def fresh(self) -> Literal["normal", "zeros", "ones"]:
-        """What it holds in a new model: N(0, init_range) for matrices, zero for biases, one for norm gains."""
-        return _FRESH[self.kind]
+        """What it holds in a new model: N(0, init_range) for matrices, zero for biases, a gain of one for norms."""
+        return "zeros" if self.from_one else _FRESH[self.kind]
 
 
 _FRESH: dict[Kind, Literal["normal", "zeros", "ones"]] = {
@@ -128,6 +129,12 @@ class Family(ABC):
     gated_mlp: ClassVar[bool]
     parallel: ClassVar[bool] = False  # in a new model attention and MLP read the same residual, side by side
     fused: ClassVar[bool]  # queries, keys and values are one matrix
+    #: A norm multiplies by 1 + its stored gain, not by the gain.
+    gain_from_one: ClassVar[bool] = False
+    #: What is looked up in the token table is multiplied by sqrt(d_model).
+    scales_embedding: ClassVar[bool] = False
+    #: Attention divides by a number of the config, not by sqrt(d_head).
+    fixed_scale: ClassVar[bool] = False
     #: Tensors that old checkpoints carry and no model needs (masks, rotary tables): a regular expression.
     not_weights: ClassVar[str]
     #: Other names under which files hold a parameter.
@@ -176,15 +183,20 @@ class Family(ABC):
         """What a config.json says. Raises :class:`FamilyError` where it asks for something that growth cannot carry."""
 
     @abstractmethod
-    def resized(self, config: Mapping[str, Any], shape: Shape) -> dict[str, Any]:
-        """`config` with the shape's fields replaced and everything else (activation, RoPE, token ids) kept."""
+    def resized(self, config: Mapping[str, Any], shape: Shape, sources: Sequence[int] | None = None) -> dict[str, Any]:
+        """`config` with the shape's fields replaced and everything else (activation, RoPE, token ids) kept.
+
+        `sources`: for each block of the new model the block of the old one that it continues, or stands in for, so that
+        what a config says block by block (kinds of attention) goes along; None where no block moved.
+        """
 
 
 class Layout:
     """Builds a family's parameter list: sizes come from the axes, so no shape is written twice."""
 
-    def __init__(self, sizes: Mapping[str, int]):
+    def __init__(self, sizes: Mapping[str, int], gain_from_one: bool = False):
         self.sizes = sizes
+        self.gain_from_one = gain_from_one
         self.parameters: list[Parameter] = []
 
     def matrix(
@@ -197,6 +209,7 @@ class Layout:
 
     def vector(self, name: str, kind: Kind, out: Axes | tuple[Axes, ...], **tags: Any) -> None:
         segments = _segments(out)
+        tags.setdefault("from_one", self.gain_from_one and kind == "norm_gain")
         self.parameters.append(Parameter(name, kind, (sum(map(self._size, segments)),), segments, **tags))
 
     def _size(self, axes: Axes) -> int:

@@ -9,7 +9,7 @@ F = d_mlp):
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trainer.families.base import Described, Family, FamilyError, Layout, Parameter, axis_sizes, require, whole
@@ -114,7 +114,7 @@ class Gpt2(Family):
             bool(config.get("tie_word_embeddings", True)),
         )
 
-    def resized(self, config: Mapping[str, Any], shape: Shape) -> dict[str, Any]:
+    def resized(self, config: Mapping[str, Any], shape: Shape, sources: Sequence[int] | None = None) -> dict[str, Any]:
         return {
             **config,
             "n_embd": shape.d_model,

@@ -17,7 +17,7 @@ are not rotated, and the share is written anew.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import inf, nextafter
 from typing import Any
 
@@ -117,7 +117,7 @@ class GptNeoX(Family):
             bool(config.get("tie_word_embeddings", False)),
         )
 
-    def resized(self, config: Mapping[str, Any], shape: Shape) -> dict[str, Any]:
+    def resized(self, config: Mapping[str, Any], shape: Shape, sources: Sequence[int] | None = None) -> dict[str, Any]:
         sized = {
             **config,
             "hidden_size": shape.d_model,

@@ -12,7 +12,7 @@ Architectures that differ from this one in a few facts are subclasses, each in i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from trainer.families.base import Described, Family, FamilyError, Layout, Parameter, axis_sizes, require, whole
@@ -64,7 +64,7 @@ class Llama(Family):
         return found
 
     def parameters(self, shape: Shape, n_positions: int, d_vocab: int, tied: bool) -> tuple[Parameter, ...]:
-        add = Layout(axis_sizes(shape, n_positions, d_vocab))
+        add = Layout(axis_sizes(shape, n_positions, d_vocab), self.gain_from_one)
         embed = ("embed",)
         add.matrix("model.embed_tokens.weight", embed, ("vocab",), in_first=True, looked_up=not tied, reads_vocab=tied)
         for i in range(shape.n_layers):
@@ -128,7 +128,7 @@ class Llama(Family):
             bool(config.get("tie_word_embeddings", False)),
         )
 
-    def resized(self, config: Mapping[str, Any], shape: Shape) -> dict[str, Any]:
+    def resized(self, config: Mapping[str, Any], shape: Shape, sources: Sequence[int] | None = None) -> dict[str, Any]:
         return {
             **config,
             "hidden_size": shape.d_model,

@@ -6,7 +6,7 @@ blocks, so a config that does so is refused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trainer.families.base import Described, FamilyError, require
@@ -40,5 +40,5 @@ class Qwen2(Llama):
             )
         return super().shape_of(config)
 
-    def resized(self, config: Mapping[str, Any], shape: Shape) -> dict[str, Any]:
-        return {**super().resized(config, shape), "layer_types": [FULL] * shape.n_layers}
+    def resized(self, config: Mapping[str, Any], shape: Shape, sources: Sequence[int] | None = None) -> dict[str, Any]:
+        return {**super().resized(config, shape, sources), "layer_types": [FULL] * shape.n_layers}
