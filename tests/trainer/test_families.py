@@ -199,6 +199,64 @@ def test_fields_that_a_config_leaves_out_are_what_transformers_takes_them_for() 
         assert get_family(family).shape_of(silent | stated | {"vocab_size": 53}) == get_family(family).shape_of(said)
 
 
+@pytest.mark.parametrize(
+    ("family", "config", "longer"),
+    [
+        ("gpt2", {"n_positions": 24, "n_ctx": 24}, {"n_positions": 48, "n_ctx": 48}),
+        ("gpt_neox", {"rotary_emb_base": 10000}, {"rotary_emb_base": 1e8}),
+        ("llama", {}, {"rope_theta": 1e8}),
+        ("llama", {"rope_theta": 100.0, "rope_scaling": {"type": "linear"}}, {"rope_theta": 1e4}),
+        ("llama", {"rope_parameters": {"rope_theta": 100.0}}, {"rope_parameters": {"rope_theta": 1e4}}),
+        (
+            "llama",  # where the context that it was trained with was the longest one
+            {"max_position_embeddings": 24, "rope_parameters": {"rope_theta": 100.0, "rope_type": "llama3"}},
+            {
+                "rope_parameters": {
+                    "rope_theta": 1e4,
+                    "rope_type": "llama3",
+                    "original_max_position_embeddings": 24,
+                }
+            },
+        ),
+        (
+            "llama",
+            {
+                "max_position_embeddings": 24,
+                "rope_scaling": {"rope_type": "yarn", "original_max_position_embeddings": 12},
+            },
+            {
+                "rope_theta": 1e8,
+                "rope_scaling": {"rope_type": "yarn", "original_max_position_embeddings": 12, "factor": 2.0},
+            },
+        ),
+    ],
+)
+def test_a_longer_context_and_another_theta_leave_everything_else_of_a_rope(
+    family: str, config: dict[str, Any], longer: dict[str, Any]
+) -> None:
+    described = get_family(family)
+    sized = {described.positions: 48, "vocab_size": 60}
+
+    assert described.extended(config, n_positions=48, d_vocab=60, rope_power=2.0) == config | sized | longer
+    assert described.extended(config, n_positions=24, d_vocab=60, rope_power=1.0) == config | {
+        described.positions: 24,
+        "vocab_size": 60,
+    } | ({"n_ctx": 24} if "n_ctx" in config else {})
+
+
+def test_a_family_says_which_kinds_of_rope_a_config_uses() -> None:
+    def kinds(family: str, **config: Any) -> set[str]:
+        return get_family(family).rope_kinds(config)
+
+    assert kinds("gpt2") == set()
+    assert kinds("llama") == kinds("gpt_neox", rope_parameters={"rope_theta": 1e4}) == {"default"}
+    assert kinds("llama", rope_scaling={"type": "linear", "factor": 2.0}) == {"linear"}
+    assert kinds("llama", rope_parameters={"full_attention": {"rope_type": "yarn"}, "sliding_attention": {}}) == {
+        "yarn",
+        "default",
+    }
+
+
 def test_an_unknown_family_is_refused_by_name() -> None:
     with pytest.raises(FamilyError, match="'mamba': must be one of gpt2, gpt_neox, llama"):
         get_family("mamba")

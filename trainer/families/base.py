@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, ClassVar, Literal, NamedTuple
 
+from trainer.families import rope
 from trainer.shape import Shape
 
 #: Several axes of one dimension, outermost first: a query projection writes ("q_head", "q_dim").
@@ -135,6 +136,10 @@ class Family(ABC):
     scales_embedding: ClassVar[bool] = False
     #: Attention divides by a number of the config, not by sqrt(d_head).
     fixed_scale: ClassVar[bool] = False
+    #: RoPE's base where config.json has none, by the top-level field that old ones have it in; empty: no RoPE.
+    thetas: ClassVar[Mapping[str, float]] = {"rope_theta": 10000.0}
+    #: The field of config.json with the longest context.
+    positions: ClassVar[str] = "max_position_embeddings"
     #: Tensors that old checkpoints carry and no model needs (masks, rotary tables): a regular expression.
     not_weights: ClassVar[str]
     #: Other names under which files hold a parameter.
@@ -189,6 +194,23 @@ class Family(ABC):
         `sources`: for each block of the new model the block of the old one that it continues, or stands in for, so that
         what a config says block by block (kinds of attention) goes along; None where no block moved.
         """
+
+    def extended(
+        self, config: Mapping[str, Any], *, n_positions: int, d_vocab: int, rope_power: float = 1.0
+    ) -> dict[str, Any]:
+        """`config` for another vocabulary and another longest context, with each of RoPE's bases theta raised to
+        `rope_power`, so that the first pairs of heads that much wider rotate as those of the narrower ones did.
+
+        What a kind of RoPE scaling takes from the longest context is stated as it was, so that frequencies stay.
+        """
+        longer = rope.lengthened(config, self.positions, n_positions)
+        return rope.raised(longer, rope_power, self.thetas) | {"vocab_size": d_vocab}
+
+    def rope_kinds(self, config: Mapping[str, Any]) -> set[str]:
+        """The kinds of RoPE in use: `default`, or of scaling for longer contexts; empty without RoPE."""
+        if not self.thetas:
+            return set()
+        return {rope.kind_of(each) for each in rope.ropes(config)} or {"default"}
 
 
 class Layout:

@@ -25,6 +25,8 @@ class Gpt2(Family):
     square = True
     gated_mlp = False
     fused = True
+    thetas = {}
+    positions = "n_positions"
     not_weights = r"\.attn\.(bias|masked_bias)$"
 
     def problems(self, shape: Shape) -> list[tuple[str, str]]:
@@ -123,3 +125,9 @@ class Gpt2(Family):
             "n_layer": shape.n_layers,
             "layer_norm_epsilon": shape.layer_norm_eps,
         }
+
+    def extended(
+        self, config: Mapping[str, Any], *, n_positions: int, d_vocab: int, rope_power: float = 1.0
+    ) -> dict[str, Any]:
+        longer = super().extended(config, n_positions=n_positions, d_vocab=d_vocab, rope_power=rope_power)
+        return longer | ({"n_ctx": n_positions} if "n_ctx" in config else {})  # of the first files; says it twice

@@ -39,6 +39,7 @@ class GptNeoX(Family):
     square = True
     gated_mlp = False
     fused = True
+    thetas = {"rotary_emb_base": 10000.0}
     not_weights = r"attention\.(bias|masked_bias)$|rotary_emb\.inv_freq$"
     also_named = {"embed_out.weight": "lm_head.weight"}  # as the model of transformers 5 calls it, but never its files
 
