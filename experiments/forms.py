@@ -24,7 +24,7 @@ from experiments import sources
 from experiments.line import most_gpus
 from experiments.models import Experiment, Host
 from experiments.values import DIMENSIONS, TRAIN_FIELDS, document_of, field_of, set_aside
-from trainer.families import FAMILIES, FamilyError, family_of, get_family, read_config
+from trainer.families import FAMILIES, FamilyError, family_of, read_config
 from trainer.growth import OPERATORS
 from trainer.spec import ExperimentSpec, Problem, SpecError, TrainSpec, is_path, parse_spec
 

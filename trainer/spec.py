@@ -188,7 +188,7 @@ class ModelSpec(Spec):
     @classmethod
     def _known_family(cls, value: str) -> str:
         if value not in FAMILIES:
-            raise PydanticCustomError("family", "must be one of {names}", {"names": ", ".join(FAMILIES)})
+            raise PydanticCustomError("family", "must be {names}", {"names": ", ".join(map(repr, FAMILIES))})
         return value
 
     @field_validator("init")
@@ -197,7 +197,7 @@ class ModelSpec(Spec):
         if isinstance(value, GrowInit):
             for half, rules in (("width", WIDTH_RULES), ("depth", DEPTH_RULES)):
                 if getattr(value, half) not in rules:
-                    raise _error(half, f"must be one of {', '.join(rules)}", getattr(value, half))
+                    raise _error(half, f"must be {', '.join(map(repr, rules))}", getattr(value, half))
         return value
 
     @field_validator("train")

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from trainer.growth import GrowthError, GrowthPlan, plan
 from trainer.growth.apply import Source, named_weights, open_source
-from trainer.growth.certificate import largest, residual
+from trainer.growth.certificate import largest, residual, spread
 from trainer.growth.depth import DEPTH_RULES
 from trainer.growth.weights import EPSILON, Tensor
 from trainer.growth.width import WIDTH_RULES
@@ -100,7 +100,7 @@ def verify(small: Path, large: Path, text: Path | None = None) -> Comparison:
     if old.family is not new.family:
         raise VerifyError(f"{large} is a {new.family.title}, {small} a {old.family.title}: nothing to hold one to.")
     made, checks = find_plan(old, new)
-    config = differing(old, new)
+    config = differing(old, new, made)
     measured = None if text is None else measure(small, large, text)
     verdict, because = judge(made, checks, config, measured, {check.dtype for check in named_weights(new).values()})
     return Comparison(old.family.name, verdict, because, made, checks, config, measured)
@@ -111,16 +111,22 @@ def find_plan(old: Source, new: Source) -> tuple[GrowthPlan | None, list[TensorC
 
     A matrix that two plans take from the same tensor by the same width rule is read once.
     """
-    shape, *sizes = old.described
-    if sizes != list(new.described[1:]):
-        return None, []  # another vocabulary, number of positions or tie: no rule here leads there
+    shape, n_positions, d_vocab, tied = old.described
+    if tied != new.described.tied:
+        return None, []  # no rule here unties
     parent, child = named_weights(old), named_weights(new)
     known: dict[tuple[str, str, str, bool], TensorCheck] = {}
     best: tuple[tuple[int, int, bool], GrowthPlan, list[TensorCheck]] | None = None
     for width in WIDTH_RULES:
         for depth in DEPTH_RULES:
-            init = GrowInit.model_validate({"parent": "small", "width": width, "depth": depth, "snr_db": None})
-            _, n_positions, d_vocab, tied = old.described
+            init = GrowInit(
+                parent="small",
+                width=width,
+                depth=depth,
+                snr_db=None,
+                d_vocab=new.described.d_vocab,
+                n_positions=new.described.n_positions,
+            )
             try:
                 made = plan(
                     old.family.name,
@@ -134,7 +140,7 @@ def find_plan(old: Source, new: Source) -> tuple[GrowthPlan | None, list[TensorC
             except GrowthError:
                 continue
             checks = _checks(parent, child, made, known)
-            matrices = {p.name for p, source, _ in made.parameters() if source is not None and p.kind == "matrix"}
+            matrices = {p.name for p, source, *_ in made.parameters() if source is not None and p.kind == "matrix"}
             copied = sum(check.copied for check in checks if check.name in matrices)
             # Random blocks claim nothing, so what a plan claims wrongly counts against it.
             score = (2 * copied - len(matrices), sum(check.holds for check in checks), made.preserves)
@@ -150,8 +156,8 @@ def _checks(
     known: dict[tuple[str, str, str, bool], TensorCheck],
 ) -> list[TensorCheck]:
     checks = []
-    copies = max(max(axis_map.multiplicity) for axis_map in made.maps.values())
-    for new, old, block in made.parameters():
+    for origin in made.parameters():
+        new, old, block, _ = origin
         if old is None:
             continue
         silent = block.silent and new.writes_residual
@@ -160,18 +166,19 @@ def _checks(
             source, grown = parent[old.name], child[new.name]
             # Each copy was rounded by itself, at the size that noise, if there is any, gave it.
             size = max(1.0, largest(grown) / (largest(source) or 1.0))
-            bound = 4 * EPSILON[grown.dtype] * copies * size
-            full = residual(source, grown, new, block, made)
-            copied = full <= bound or residual(source, grown, new, block, made, only_copied=True) <= bound
+            bound = 4 * EPSILON[grown.dtype] * spread(made) * size
+            full = residual(source, grown, origin, made)
+            copied = full <= bound or residual(source, grown, origin, made, only_copied=True) <= bound
             known[key] = TensorCheck(new.name, old.name, full, bound, grown.dtype, copied)
         checks.append(known[key])
     return checks
 
 
-def differing(old: Source, new: Source) -> list[str]:
+def differing(old: Source, new: Source, made: GrowthPlan | None = None) -> list[str]:
     """Fields of the two configs that are neither the shape's nor without a part in what is computed."""
     # Both through the family, so that what a config leaves out of its shape is not taken for a difference.
-    right, given = (source.family.resized(source.config, new.described.shape) for source in (old, new))
+    right = old.family.resized(old.config, new.described.shape) if made is None else made.child_config(old.config)
+    given = new.family.resized(new.config, new.described.shape)
     found = []
     for name in sorted((right.keys() | given.keys()) - _NO_FUNCTION):
         ours, theirs = right.get(name), given.get(name)

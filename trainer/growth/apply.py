@@ -84,7 +84,7 @@ def grow_checkpoint(source: Path, out: Path, plan: GrowthPlan, seed: int, *, ver
     unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         size = _write_weights(unfinished / "model.safetensors", weights, plan, seed)
-        config = opened.family.resized(opened.config, plan.child)
+        config = plan.child_config(opened.config)
         (unfinished / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for name in COMPANIONS:
             if (source / name).is_file():
@@ -173,25 +173,25 @@ def _parameters(plan: GrowthPlan, shape: Any) -> int:
 
 
 def _write_weights(path: Path, weights: Mapping[str, Tensor], plan: GrowthPlan, seed: int) -> int:
-    pairs = plan.parameters()
+    origins = plan.parameters()
     usual = next(iter(weights.values())).dtype
-    dtypes = [weights[old.name].dtype if old else usual for _, old, _ in pairs]
-    layout = [(new.name, dtype, new.shape) for (new, _, _), dtype in zip(pairs, dtypes, strict=True)]
+    dtypes = [weights[origin.old.name].dtype if origin.old else usual for origin in origins]
+    layout = [(origin.new.name, dtype, origin.new.shape) for origin, dtype in zip(origins, dtypes, strict=True)]
 
     def blocks() -> Iterator[Array]:
-        for (new, old, block), dtype in zip(pairs, dtypes, strict=True):
+        for origin, dtype in zip(origins, dtypes, strict=True):
+            new, old, _, following = origin
             # By name, not in turn: a tensor's random entries do not depend on what else the model has.
             rng = np.random.default_rng([seed, zlib.crc32(new.name.encode())])
             if old is None:
                 values = fresh(new, plan.init.init_range, rng)
-            elif block.silent and new.writes_residual:
-                values = iter([np.zeros(new.shape)])
             else:
-                values = grown(weights[old.name], new, plan, rng)
+                values = grown(weights[old.name], origin, plan, rng, weights[following.name] if following else None)
             for rows in values:
                 yield narrow(rows, dtype)
-            if old is not None:
-                weights[old.name].release()
+            for parameter in (old, following):
+                if parameter is not None:
+                    weights[parameter.name].release()
 
     return write_safetensors(path, layout, blocks(), {"format": "pt"})
 

@@ -16,10 +16,8 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.families import Parameter
-from trainer.growth.depth import Block
-from trainer.growth.plan import GrowthPlan
-from trainer.growth.tensors import BLOCK_ENTRIES, Floats, Side, side_of
+from trainer.growth.plan import GrowthPlan, Origin
+from trainer.growth.tensors import BLOCK_ENTRIES, Floats, Side, mean_of_rows, side_of, silent_value, vector
 from trainer.growth.weights import EPSILON, Tensor
 
 
@@ -29,25 +27,26 @@ def certificate(parent: Mapping[str, Tensor], child: Mapping[str, Tensor], plan:
     What a silent block writes is held to zero, and so is what reads a random input; a random block has nothing to be
     held to and is left out; so are random outputs, since they are seen by what reads them.
     """
-    residuals = {}
-    for new, old, block in plan.parameters():
-        if old is None:
-            continue
-        residuals[new.name] = residual(parent[old.name], child[new.name], new, block, plan)
-    return residuals
+    return {
+        origin.new.name: residual(parent[origin.old.name], child[origin.new.name], origin, plan)
+        for origin in plan.parameters()
+        if origin.old is not None
+    }
 
 
-def residual(
-    source: Tensor, grown: Tensor, new: Parameter, block: Block, plan: GrowthPlan, *, only_copied: bool = False
-) -> float:
-    """Of one tensor. `only_copied` passes over what reads a random input: is the rest what the plan copies?"""
+def residual(source: Tensor, grown: Tensor, origin: Origin, plan: GrowthPlan, *, only_copied: bool = False) -> float:
+    """Of one tensor. `only_copied` passes over what reads a random input: is the rest what the plan copies?
+
+    Copies that come from the block above are not held to anything: nothing is preserved there.
+    """
+    new, block = origin.new, origin.block
     size = largest(source) or 1.0
     if block.silent and new.writes_residual:
-        found = largest(grown)
+        found = largest(grown, silent_value(new))
     elif new.into:
-        found = _matrix(source, grown, new, plan, only_copied)
+        found = _matrix(source, grown, origin, plan, only_copied)
     else:
-        found = _vector(source, grown, new, plan)
+        found = _vector(source, grown, origin, plan)
     source.release()
     grown.release()
     return found / size
@@ -58,64 +57,82 @@ def tolerance(dtype: str, plan: GrowthPlan) -> float:
 
     Each of n copies is rounded by itself, at the size that noise gives it: eight standard deviations at most.
     """
-    copies = max(max(axis_map.multiplicity) for axis_map in plan.maps.values())
-    return EPSILON[dtype] * copies * (4 + 8 * plan.init.noise)
+    return EPSILON[dtype] * spread(plan) * (4 + 8 * plan.init.noise)
 
 
-def largest(tensor: Tensor) -> float:
-    """The largest |entry|."""
+def spread(plan: GrowthPlan) -> float:
+    """How many entries, at what size, stand for one of the parent's at most."""
+    grown = (m for m in plan.maps.values() if not m.is_identity)
+    return max((max(m.multiplicity) * max(1.0, *m.write) for m in grown), default=1.0)
+
+
+def largest(tensor: Tensor, beside: float = 0.0) -> float:
+    """The largest |entry - beside|."""
     rows = max(1, BLOCK_ENTRIES // max(1, *tensor.shape[1:], 1))
     blocks = (tensor[start : start + rows] for start in range(0, tensor.shape[0], rows))
-    return max((float(np.abs(block).max(initial=0.0)) for block in blocks), default=0.0)
+    return max((float(np.abs(block - beside).max(initial=0.0)) for block in blocks), default=0.0)
 
 
-def _vector(source: Tensor, grown: Tensor, new: Parameter, plan: GrowthPlan) -> float:
-    out = side_of(plan, new.out, new.interleaved)
-    expected = source[:][out.source]
-    if new.kind == "bias" or new.rescales:
-        expected *= out.write
-    elif new.final_norm:
-        expected *= plan.final_norm_scale
-    expected[out.new] = 0.0
-    return _worst(grown[:] - expected, ~out.drawn)
+def _vector(source: Tensor, grown: Tensor, origin: Origin, plan: GrowthPlan) -> float:
+    out = side_of(plan, origin.new.out, origin.new.interleaved)
+    return _worst(grown[:] - vector(source, origin.new, plan), _judged(out, origin))
 
 
-def _matrix(source: Tensor, grown: Tensor, new: Parameter, plan: GrowthPlan, only_copied: bool) -> float:
+def _judged(out: Side, origin: Origin) -> NDArray[np.bool_]:
+    """The outputs that are held to something."""
+    return ~out.drawn if origin.following is None else ~out.drawn & (out.rank == 0)
+
+
+def _matrix(source: Tensor, grown: Tensor, origin: Origin, plan: GrowthPlan, only_copied: bool) -> float:
+    new = origin.new
     out, into = side_of(plan, new.out, new.interleaved), side_of(plan, (new.into,))
+    write = np.where(out.new & ~out.averaged, 0.0, np.where(out.averaged, 1.0, out.write))
+    if new.into == ("vocab",):
+        write = write * plan.table_scale
     stored = _in_first if new.in_first else _out_first
-    return max(stored(source, grown, out, into, only_copied))
+    return max(stored(source, grown, out, into, write, _judged(out, origin), only_copied))
 
 
-def _out_first(source: Tensor, grown: Tensor, out: Side, into: Side, only_copied: bool) -> list[float]:
+def _out_first(
+    source: Tensor, grown: Tensor, out: Side, into: Side, write: Floats, judged: NDArray[np.bool_], only_copied: bool
+) -> list[float]:
     """Stored (out, in): blocks of outputs, all inputs."""
     copies, worst = into.copies, [0.0]
+    mean = mean_of_rows(source) if out.averaged.any() else None
     step = max(1, BLOCK_ENTRIES // len(into.source))
     for start in range(0, len(out.source), step):
         rows = slice(start, start + step)
         block = grown[rows]
         if not only_copied:
-            worst.append(_worst(block[:, into.drawn], ~out.drawn[rows]))
+            worst.append(_worst(block[:, into.drawn], judged[rows]))
         read = copies.summed(block * into.write)  # W' E_in: (block of outputs, small inputs)
-        expected = source[out.source[rows]] * np.where(out.new, 0.0, out.write)[rows, None]
-        worst.append(_worst(read - expected, ~out.drawn[rows]))
+        expected = source[out.source[rows]]
+        if mean is not None:
+            expected[out.averaged[rows]] = mean
+        worst.append(_worst(read - expected * write[rows, None], judged[rows]))
     return worst
 
 
-def _in_first(source: Tensor, grown: Tensor, out: Side, into: Side, only_copied: bool) -> list[float]:
+def _in_first(
+    source: Tensor, grown: Tensor, out: Side, into: Side, write: Floats, judged: NDArray[np.bool_], only_copied: bool
+) -> list[float]:
     """Stored (in, out): blocks of the parent's inputs, each with all of its copies."""
     copies, worst = into.copies, [0.0]
     step = max(1, BLOCK_ENTRIES // len(out.source))
     random_inputs = np.flatnonzero(into.drawn & (not only_copied))
     for start in range(0, len(random_inputs), step):
-        worst.append(_worst(grown[random_inputs[start : start + step]].T, ~out.drawn))
+        worst.append(_worst(grown[random_inputs[start : start + step]].T, judged))
     step = max(1, BLOCK_ENTRIES // (len(out.source) * int(copies.counts.max())))
     for start in range(0, into.small, step):
         starts, counts = copies.starts[start : start + step], copies.counts[start : start + step]
         members = copies.order[starts[0] : starts[-1] + counts[-1]]
         read = grown[members] * into.write[members, None]
         read = np.add.reduceat(read, starts - starts[0], axis=0)  # (W' E_in)^T: (block of small inputs, outputs)
-        expected = source[start : start + step][:, out.source] * np.where(out.new, 0.0, out.write)
-        worst.append(_worst((read - expected).T, ~out.drawn))
+        block = source[start : start + step]
+        expected = block[:, out.source]
+        if out.averaged.any():
+            expected[:, out.averaged] = block.mean(axis=1, keepdims=True)
+        worst.append(_worst((read - expected * write).T, judged))
     return worst
 
 

@@ -1,8 +1,8 @@
 """How one axis grows: a write map E (large x small) and a read map R (small x large) with R E = I.
 
 Where the parent has an activation x on an axis, the child has E x; what reads it uses R. A logical matrix W (out x in)
-becomes W' = E_out W R_in, and the child computes what the parent does if W' E_in = E_out W for every matrix and the
-norms and the softmax agree (:mod:`trainer.growth.exactness`).
+becomes W' = E_out W R_in + N (I - E_in R_in), with any N, and the child computes what the parent does if
+W' E_in = E_out W for every matrix and the norms and the softmax agree (:mod:`trainer.growth.exactness`).
 
 Every map here is a *selection with coefficients*: each large index has one source or none, so E and R are kept as
 three sequences and never as matrices. Torch-free and numpy-free.
@@ -14,12 +14,15 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from math import sqrt
 from typing import Literal
 
 #: In `source_index`: this large index has no source.
 NEW = -1
 
 Fill = Literal["zero", "random"]
+#: `mean`: the mean of all old channels, which a LayerNorm that follows takes away again.
+WriteFill = Literal["zero", "random", "mean"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class AxisMap:
     source_index  for each large index, the small index that it copies, or NEW
     write         for each large index j, E[j, source_index[j]]; of no meaning where NEW
     read          for each large index j, R[source_index[j], j]; likewise
-    new_write     what is written to a NEW index: zero, or random entries (with zero biases and unit gains)
+    new_write     what is written to a NEW index: zero, random entries (with zero biases and unit gains), or the mean
     new_read      the entries that read a NEW index
 
     Nothing of a NEW index is seen as long as one of the two is zero; with both at zero, neither would ever learn.
@@ -40,7 +43,7 @@ class AxisMap:
     source_index: Sequence[int]
     write: Sequence[float]
     read: Sequence[float]
-    new_write: Fill = "zero"
+    new_write: WriteFill = "zero"
     new_read: Fill = "random"
 
     def __post_init__(self) -> None:
@@ -67,6 +70,22 @@ class AxisMap:
         return not isinstance(self.source_index, range) and NEW in self.source_index
 
     @cached_property
+    def power(self) -> Sequence[float]:
+        """For each small index, the sum of its squared writes: the diagonal of E^T E."""
+        if self.is_identity:
+            return (1.0,) * self.small
+        total = [0.0] * self.small
+        for source, write in zip(self.source_index, self.write, strict=True):
+            if source != NEW:
+                total[source] += write * write
+        return tuple(total)
+
+    @cached_property
+    def has_unit_writes(self) -> bool:
+        """What has a source is written as it is."""
+        return all(w == 1 for s, w in zip(self.source_index, self.write, strict=True) if s != NEW)
+
+    @cached_property
     def reads_what_it_wrote(self) -> bool:
         """R E = I."""
         if self.is_identity:
@@ -91,6 +110,21 @@ def copies(small: int, sources: Sequence[int]) -> AxisMap:
     return AxisMap(small, len(sources), tuple(sources), (1.0,) * len(sources), tuple(1 / counts[s] for s in sources))
 
 
+def weighted(small: int, sources: Sequence[int]) -> AxisMap:
+    """Copies of unlike number whose squares add up alike: a_j = sqrt(large / small / count), E^T E = (large / small) I.
+
+    So a mean square over the axis stays what it was, at any ratio. Readers use R = small / large E^T.
+    """
+    counts, ratio = Counter(sources), len(sources) / small
+    write = tuple(sqrt(ratio / counts[s]) for s in sources)
+    return AxisMap(small, len(sources), tuple(sources), write, tuple(w / ratio for w in write))
+
+
+def cyclic(small: int, large: int) -> tuple[int, ...]:
+    """0 1 2 0 1: sources of `large` indices that take turns."""
+    return tuple(j % small for j in range(large))
+
+
 def tile(small: int, times: int) -> AxisMap:
     """0 1 2 0 1 2: whole copies one after the other."""
     return identity(small) if times == 1 else copies(small, tuple(range(small)) * times)
@@ -102,7 +136,7 @@ def place(
     at: Sequence[int],
     *,
     scale: float = 1.0,
-    new_write: Fill = "zero",
+    new_write: WriteFill = "zero",
     new_read: Fill = "random",
 ) -> AxisMap:
     """Small index i goes to `at[i]`, written times `scale`; every other large index is NEW."""

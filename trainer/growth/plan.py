@@ -8,19 +8,35 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from math import sqrt
+from typing import Any, NamedTuple
 
 from trainer.families import Parameter, get_family
+from trainer.growth.axes import FIELD_AXES, size_of
 from trainer.growth.depth import DEPTH_RULES, Block
 from trainer.growth.errors import GrowthError
-from trainer.growth.exactness import broken, joined
-from trainer.growth.maps import AxisMap, identity
-from trainer.growth.width import FIELD_AXES, WIDTH_RULES, size_of
-from trainer.shape import GrowInit, Shape
+from trainer.growth.exactness import broken_by_depth, broken_by_width, child_eps, joined, kappa
+from trainer.growth.maps import AxisMap, identity, place
+from trainer.growth.width import WIDTH_RULES
+from trainer.shape import GrowInit, Shape, Split
+
+
+class Origin(NamedTuple):
+    """A parameter of the child and what it is made from."""
+
+    new: Parameter
+    old: Parameter | None  # the parent's; None: all new
+    block: Block
+    following: Parameter | None = None  # the parent's same parameter one block up, where copies come from there
 
 
 @dataclass(frozen=True)
 class GrowthPlan:
-    """From `parent` to `child`. `preserves`: the child's logits are the parent's, up to rounding, before training."""
+    """From `parent` to `child`. `preserves`: the child's logits are the parent's, up to rounding, before training.
+
+    `child` has the layer_norm_eps that the maps need. `n_positions`, `d_vocab` and `tied` are the parent's.
+    """
 
     family: str
     parent: Shape
@@ -31,49 +47,94 @@ class GrowthPlan:
     tied: bool
     maps: Mapping[str, AxisMap] = field(repr=False)  # axis -> map
     blocks: tuple[Block, ...]  # of the child, lowest first
+    rope_power: float  # rope_theta is raised to it
     preserves: bool
     because: str
     warnings: list[str]
 
     @property
-    def final_norm_scale(self) -> float:
-        """What the final norm's gain and bias are multiplied by.
+    def child_vocab(self) -> int:
+        return self.maps["vocab"].large
 
-        A tied output head reads with the table W E^T, not W R: its logits come out times kappa = sum of the squared
-        writes of a channel's copies, which the norm before it takes back.
+    @property
+    def child_positions(self) -> int:
+        return self.maps["position"].large
+
+    @property
+    def split(self) -> Split:
+        """How readers share a value among its copies."""
+        return WIDTH_RULES[self.init.width].split or self.init.split
+
+    @cached_property
+    def norm_scale(self) -> float:
+        """What gains of norms over the residual stream are multiplied by: eta = sqrt(kappa D / D')."""
+        embed = self.maps["embed"]
+        if self.init.width == "random_pad":  # claims nothing, and is to be what it always was
+            return 1.0
+        return sqrt(kappa(embed) * embed.small / embed.large)
+
+    @property
+    def table_scale(self) -> float:
+        """What the token table is multiplied by: sqrt(D / D') where the model multiplies it by sqrt(D')."""
+        embed = self.maps["embed"]
+        return sqrt(embed.small / embed.large) if get_family(self.family).scales_embedding else 1.0
+
+    @property
+    def final_norm_scale(self) -> float:
+        """What the final norm's gain and bias are multiplied by, beside what every norm is.
+
+        A tied output head reads with the table W E^T, not W R: its logits come out times kappa, and times the table's
+        scale, which the norm before it takes back.
         """
         embed = self.maps["embed"]
         if not self.tied or embed.is_identity:
             return 1.0
-        return 1 / sum(w * w for s, w in zip(embed.source_index, embed.write, strict=True) if s == 0)
+        return 1 / (kappa(embed) * self.table_scale)
 
-    def parameters(self) -> list[tuple[Parameter, Parameter | None, Block]]:
-        """The child's parameters, each with the parent's that it is made from (None: all new) and its block's rule."""
-        family = get_family(self.family)
-        old, new = (
-            family.parameters(shape, self.n_positions, self.d_vocab, self.tied) for shape in (self.parent, self.child)
+    def child_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The child's config.json, from the parent's."""
+        family, last = get_family(self.family), self.parent.n_layers - 1
+        sources = [min(at, last) if block.source is None else block.source for at, block in enumerate(self.blocks)]
+        return family.extended(
+            family.resized(config, self.child, sources),
+            n_positions=self.child_positions,
+            d_vocab=self.child_vocab,
+            rope_power=self.rope_power,
         )
+
+    def parameters(self) -> list[Origin]:
+        """The child's parameters, in the model's order, each with what it is made from."""
+        family = get_family(self.family)
+        old = family.parameters(self.parent, self.n_positions, self.d_vocab, self.tied)
+        new = family.parameters(self.child, self.child_positions, self.child_vocab, self.tied)
         outside = {p.name: p for p in old if p.layer is None}
         in_block: dict[int, list[Parameter]] = {}
         for parameter in old:
             if parameter.layer is not None:
                 in_block.setdefault(parameter.layer, []).append(parameter)
+        from_above = WIDTH_RULES[self.init.width].from_above
         place_in_block = [0] * self.child.n_layers
-        pairs: list[tuple[Parameter, Parameter | None, Block]] = []
+        origins: list[Origin] = []
         for parameter in new:
             if parameter.layer is None:
-                pairs.append((parameter, outside[parameter.name], Block(None)))
+                origins.append(Origin(parameter, outside[parameter.name], Block(None)))
                 continue
-            block = self.blocks[parameter.layer]
-            source = None if block.source is None else in_block[block.source][place_in_block[parameter.layer]]
+            block, at = self.blocks[parameter.layer], place_in_block[parameter.layer]
             place_in_block[parameter.layer] += 1
-            pairs.append((parameter, source, block))
-        return pairs
+            if block.source is None:
+                origins.append(Origin(parameter, None, block))
+                continue
+            above = in_block[min(block.source + 1, self.parent.n_layers - 1)][at] if from_above else None
+            origins.append(Origin(parameter, in_block[block.source][at], block, above))
+        return origins
 
 
 def check(family: str, parent: Shape, child: Shape, init: GrowInit) -> None:
     """Raise :class:`GrowthError` if `child` cannot be grown from `parent` by these rules."""
     architecture = get_family(family)
+    for half, rules in (("width", WIDTH_RULES), ("depth", DEPTH_RULES)):
+        if getattr(init, half) not in rules:
+            raise GrowthError(f"init.{half}", f"must be one of {', '.join(rules)}", getattr(init, half))
     for name in (*FIELD_AXES, "n_layers"):
         small, large = size_of(parent, name), size_of(child, name)
         if large < small:
@@ -91,14 +152,20 @@ def plan(
 ) -> GrowthPlan:
     """The plan of growing `parent` to `child`. Positions, vocabulary and tie are the parent's.
 
-    Raises :class:`GrowthError` as :func:`check` does.
+    A child whose layer_norm_eps is the parent's gets the one that the maps need. Raises :class:`GrowthError` as
+    :func:`check` does.
     """
     check(family, parent, child, init)
-    architecture = get_family(family)
-    maps = WIDTH_RULES[init.width].maps(architecture, parent, child)
-    maps |= {"vocab": identity(d_vocab), "position": identity(n_positions)}
+    for name, small in (("d_vocab", d_vocab), ("n_positions", n_positions)):
+        large = getattr(init, name)
+        if large is not None and large < small:
+            raise GrowthError(f"init.{name}", f"is less than the parent's {small}: at least {small}", large)
+    maps, rope_power, eps = _widened(family, init.width, parent, child)
+    if child.layer_norm_eps == parent.layer_norm_eps:
+        child = child.model_copy(update={"layer_norm_eps": eps})
     blocks = DEPTH_RULES[init.depth].blocks(parent.n_layers, child.n_layers)
-    reasons = broken(architecture, parent, child, maps, blocks)
+    reasons = [*_broken(family, init.width, parent, child), *broken_by_depth(parent.n_layers, blocks)]
+    maps = {**maps, "vocab": _extended(d_vocab, init.d_vocab), "position": _extended(n_positions, init.n_positions)}
     return GrowthPlan(
         family=family,
         parent=parent,
@@ -109,10 +176,35 @@ def plan(
         tied=tied,
         maps=maps,
         blocks=blocks,
+        rope_power=rope_power,
         preserves=not reasons,
-        because=_because_it_is_lost(reasons) if reasons else _because_it_is_kept(parent, child),
-        warnings=_warnings(parent, child, init, maps, architecture.rotary),
+        because=_because_it_is_lost(reasons) if reasons else _because_it_is_kept(parent, child, maps),
+        warnings=_warnings(parent, child, init, maps, get_family(family).rotary),
     )
+
+
+@lru_cache(maxsize=128)
+def _widened(family: str, width: str, parent: Shape, child: Shape) -> tuple[dict[str, AxisMap], float, float]:
+    """Maps, power of rope_theta and eps: they depend on nothing else, and a page asks for them often."""
+    architecture, rule = get_family(family), WIDTH_RULES[width]
+    maps = rule.maps(architecture, parent, child)
+    eps = parent.layer_norm_eps if width == "random_pad" else child_eps(parent, maps["embed"])
+    return maps, rule.rope_power(architecture, parent, child), eps
+
+
+@lru_cache(maxsize=128)
+def _broken(family: str, width: str, parent: Shape, child: Shape) -> tuple[str, ...]:
+    maps, rope_power, _ = _widened(family, width, parent, child)
+    found = broken_by_width(get_family(family), parent, child, maps, rope_power)
+    if WIDTH_RULES[width].from_above and any(max(m.multiplicity) > 1 for m in maps.values()):
+        found.append("copies of outputs are taken from the block above")
+    return tuple(found)
+
+
+def _extended(small: int, large: int | None) -> AxisMap:
+    """Further tokens or positions. No old text has any, so they may be read at random; an output head of its own gives
+    new tokens a logit of zero."""
+    return identity(small) if large is None or large == small else place(small, large, range(small))
 
 
 def _because_it_is_lost(reasons: list[str]) -> str:
@@ -127,7 +219,7 @@ def _grown(parent: Shape, child: Shape) -> list[str]:
     return [f"{name} ({small} to {large})" for name, small, large in pairs if small != large]
 
 
-def _because_it_is_kept(parent: Shape, child: Shape) -> str:
+def _because_it_is_kept(parent: Shape, child: Shape, maps: Mapping[str, AxisMap]) -> str:
     grown, new = _grown(parent, child), child.n_layers - parent.n_layers
     clauses = []
     if grown:
@@ -135,16 +227,22 @@ def _because_it_is_kept(parent: Shape, child: Shape) -> str:
     if new:
         blocks = f"the {new} new blocks write" if new > 1 else "the new block writes"
         clauses.append(f"{blocks} nothing to the residual stream yet")
+    further = maps["vocab"].large - maps["vocab"].small
+    added = f" The {further:,} further tokens take their share of its probabilities." if further else ""
     if not clauses:
-        return "No dimension changes, so every weight is copied as it is and the grown model is its parent."
+        same = "No width and no depth changes" if further or maps["position"].has_new else "No dimension changes"
+        return f"{same}, so every weight is copied as it is and the grown model is its parent.{added}"
     text = joined(clauses)
-    return f"{text[0].upper()}{text[1:]}, so the grown model computes what its parent does."
+    return f"{text[0].upper()}{text[1:]}, so the grown model computes what its parent does.{added}"
 
 
 def _warnings(parent: Shape, child: Shape, init: GrowInit, maps: Mapping[str, AxisMap], rotary: bool) -> list[str]:
     found = []
     copied = any(max(m.multiplicity) > 1 for m in maps.values())
-    if copied and init.noise == 0:
+    rule = WIDTH_RULES[init.width]
+    # Copies of one source that are read alike get equal gradients, and so do those that read each its own kind alone.
+    alike = init.noise == 0 and (rule.split or init.split) != "uneven" and not rule.from_above
+    if copied and alike:
         found.append(
             "Without noise, copies get equal gradients and may stay copies for ever: the extra width learns nothing."
         )

@@ -2,10 +2,10 @@
 
 Entry (o, i) of the child, by what its two indices are (an index with a source is *old*):
 
-    o     i     entry
-    old   old   E_out W R_in, plus noise that sums to zero over the copies of an input
-    old   new   zero or drawn, as the input's `new_read` says
-    new   any   zero or drawn, as the output's `new_write` says
+    o         i     entry
+    old, mean old   E_out W R_in, shared among the copies of an input as `split` says, plus noise that sums to zero
+    old, mean new   zero or drawn, as the input's `new_read` says
+    new       any   zero or drawn, as the output's `new_write` says
 
 Everything is computed in float64, as stored: (out, in), or (in, out) where the architecture keeps it so.
 """
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from trainer.families import Axes, Parameter
 from trainer.growth.maps import NEW, product
-from trainer.growth.plan import GrowthPlan
+from trainer.growth.plan import GrowthPlan, Origin
 from trainer.growth.weights import Tensor
 
 Floats = NDArray[np.float64]
@@ -38,6 +38,7 @@ class Side:
     source: NDArray[np.intp]  # where `new`, 0
     new: NDArray[np.bool_]
     drawn: NDArray[np.bool_]  # new, and written at random
+    averaged: NDArray[np.bool_]  # new, and written with the mean of what is old
     drawn_from: NDArray[np.bool_]  # new, and read at random
     write: Floats
     read: Floats
@@ -49,6 +50,14 @@ class Side:
     @cached_property
     def copies(self) -> Copies:
         return Copies(self)
+
+    @cached_property
+    def rank(self) -> NDArray[np.intp]:
+        """Which of the copies of its source each index is: 0 for the first; 0 where new."""
+        copies = self.copies
+        rank = np.zeros(len(self.source), np.intp)
+        rank[copies.order] = np.arange(len(copies.order)) - np.repeat(copies.starts, copies.counts)
+        return rank
 
 
 class Copies:
@@ -112,6 +121,7 @@ def side_of(plan: GrowthPlan, segments: tuple[Axes, ...], interleaved: bool = Fa
         source=source[stored],
         new=new[stored],
         drawn=(new & np.repeat([m.new_write == "random" for m in maps], larges))[stored],
+        averaged=(new & np.repeat([m.new_write == "mean" for m in maps], larges))[stored],
         drawn_from=(new & np.repeat([m.new_read == "random" for m in maps], larges))[stored],
         write=np.concatenate([np.asarray(m.write, np.float64) for m in maps])[stored],
         read=np.concatenate([np.asarray(m.read, np.float64) for m in maps])[stored],
@@ -135,12 +145,30 @@ def fresh(parameter: Parameter, init_range: float, rng: np.random.Generator) -> 
         yield np.full(parameter.shape, 1.0 if parameter.fresh == "ones" else 0.0)
 
 
-def grown(old: Tensor, new: Parameter, plan: GrowthPlan, rng: np.random.Generator) -> Iterator[Floats]:
-    """The parameter `new` of the child from the parent's tensor, in blocks of stored rows."""
-    if new.into:
-        yield from _matrix(old, new, plan, rng)
+def grown(
+    old: Tensor, origin: Origin, plan: GrowthPlan, rng: np.random.Generator, following: Tensor | None = None
+) -> Iterator[Floats]:
+    """The child's parameter of `origin` from the parent's tensors, in blocks of stored rows."""
+    if origin.block.silent and origin.new.writes_residual:
+        yield from silent(origin.new)
+    elif origin.new.into:
+        yield from _matrix(old, origin.new, plan, rng, following)
     else:
-        yield _vector(old, new, plan)
+        yield vector(old, origin.new, plan, following)
+
+
+def silent(new: Parameter) -> Iterator[Floats]:
+    """A parameter that keeps its block from writing anything: zeros, or a gain of zero."""
+    nothing = silent_value(new)
+    if not new.into:
+        yield np.full(new.shape, nothing)
+        return
+    for rows in row_blocks(new.shape):
+        yield np.full((rows.stop - rows.start, new.shape[1]), nothing)
+
+
+def silent_value(new: Parameter) -> float:
+    return -1.0 if new.from_one else 0.0
 
 
 def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
@@ -149,62 +177,142 @@ def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
         yield slice(start, min(start + step, shape[0]))
 
 
-def _vector(old: Tensor, new: Parameter, plan: GrowthPlan) -> Floats:
+#: The axes before the norms of queries and keys, by those after.
+_BEFORE_NORM = {"q_normed": "q_dim", "k_normed": "k_dim"}
+
+
+def vector(old: Tensor, new: Parameter, plan: GrowthPlan, following: Tensor | None = None) -> Floats:
+    """A bias or a norm's gain or bias, whole."""
     out = side_of(plan, new.out, new.interleaved)
     values = old[:][out.source]
-    if new.kind == "bias" or new.rescales:
-        values = values * out.write  # other norms act on each channel by itself, so their copies are as they were
-    elif new.final_norm:
+    if following is not None:
+        values = np.where(out.rank > 0, following[:][out.source], values)
+    if new.from_one:
+        values = values + 1.0
+    if new.kind == "norm_gain":
+        # A gain acts on each channel by itself, so copies have their source's, whatever was written there.
+        values = values * (plan.norm_scale if new.out == (("embed",),) else 1.0)
+        if new.rescales:
+            given = tuple(tuple(_BEFORE_NORM.get(axis, axis) for axis in axes) for axes in new.out)
+            values = values * (out.write / side_of(plan, given, new.interleaved).write)
+    else:
+        values = values * out.write
+    if new.final_norm:
         values = values * plan.final_norm_scale
-    values[out.new] = 1.0 if new.fresh == "ones" else 0.0
-    return values
+    values[out.new] = 1.0 if new.kind == "norm_gain" else 0.0
+    if out.averaged.any() and new.kind == "bias":
+        values[out.averaged] = old[:].mean()
+    return values - 1.0 if new.from_one else values
 
 
-def _matrix(old: Tensor, new: Parameter, plan: GrowthPlan, rng: np.random.Generator) -> Iterator[Floats]:
+def _matrix(
+    old: Tensor, new: Parameter, plan: GrowthPlan, rng: np.random.Generator, following: Tensor | None
+) -> Iterator[Floats]:
     out, into = side_of(plan, new.out, new.interleaved), side_of(plan, (new.into,))
     rows, columns = (into, out) if new.in_first else (out, into)
-    row_scale, column_scale = (into.read, out.write) if new.in_first else (out.write, into.read)
+    write, read = np.where(out.new, 1.0, out.write), into.read
+    if new.into == ("vocab",):
+        write = write * plan.table_scale
+    split = plan.split if into.copies.several else "even"
+    share = Shares(into, out, split)
+    if split != "even":
+        read = np.ones_like(read)  # the shares have it
+    row_scale, column_scale = (read, write) if new.in_first else (write, read)
     noise = plan.init.noise if into.copies.several else 0.0
     some_new = bool(rows.new.any() or columns.new.any())
-    # Two streams, each drawn row by row, so that the size of a block changes nothing.
-    for_noise, for_new = rng.spawn(2)
-    # Noise sums to zero over the copies of an input, which must be at hand together: stored (in, out), all rows.
-    together = noise and new.in_first
+    # Streams of their own, each drawn row by row, so that the size of a block changes nothing.
+    for_noise, for_new, for_shares = rng.spawn(3)
+    averaged = bool(out.averaged.any())
+    mean = mean_of_rows(old) if averaged and not new.in_first else None
+    # Copies of an input must be at hand together where they depend on one another: stored (in, out), all rows.
+    together = new.in_first and (noise or split == "uneven")
     for part in [slice(0, new.shape[0])] if together else row_blocks(new.shape):
         values = old[rows.source[part]]
+        if averaged and new.in_first:
+            of_each_row = values.mean(axis=1, keepdims=True)
+        if mean is not None:
+            values[rows.averaged[part]] = mean
+        if following is not None and not new.in_first:
+            above = rows.rank[part] > 0
+            values[above] = following[rows.source[part][above]]
         if not columns.unchanged:
             values = values.take(columns.source, axis=1)
+        if following is not None and new.in_first:
+            above = columns.rank > 0
+            values[:, above] = following[rows.source[part]].take(columns.source[above], axis=1)
+        if averaged and new.in_first:
+            values[:, columns.averaged] = of_each_row
         for scale in (row_scale[part, None], column_scale):
             if not (scale == 1).all():
                 values *= scale
+        by_output = values.T if new.in_first else values
+        if split != "even":
+            by_output *= share.of(slice(None), part, for_shares) if new.in_first else share.of(part, None, for_shares)
         if noise:
-            by_output = values.T if new.in_first else values
-            _add_noise(by_output, into.copies, noise, for_noise)
+            _add_noise(by_output, into, noise, for_noise)
         if some_new:
             along_rows, along_columns = (part, None), (slice(None),)
             o, i = (along_columns, along_rows) if new.in_first else (along_rows, along_columns)
             drawn = for_new.normal(0, plan.init.init_range, values.shape)
-            read = np.where(into.new[i], np.where(into.drawn_from[i], drawn, 0.0), values)
-            values = np.where(out.new[o], np.where(out.drawn[o], drawn, 0.0), read)
+            made = np.where(into.new[i], np.where(into.drawn_from[i], drawn, 0.0), values)
+            values = np.where((out.new & ~out.averaged)[o], np.where(out.drawn[o], drawn, 0.0), made)
         yield values
 
 
-def _add_noise(matrix: Floats, copies: Copies, noise: float, rng: np.random.Generator) -> None:
+def mean_of_rows(tensor: Tensor) -> Floats:
+    """The mean over a stored matrix's rows."""
+    total = np.zeros(tensor.shape[1])
+    for rows in row_blocks(tensor.shape):
+        total += tensor[rows].sum(axis=0)
+    return total / tensor.shape[0]
+
+
+class Shares:
+    """How much of an input each of its copies gives each output: sum_j share_j write_j = 1 over the copies j."""
+
+    def __init__(self, into: Side, out: Side, split: str):
+        self.into, self.out, self.split = into, out, split
+
+    def of(self, outputs: slice, inputs: slice | None, rng: np.random.Generator) -> Floats:
+        """(outputs, inputs); None: all inputs, which uneven shares need."""
+        into, copies = self.into, self.into.copies
+        at = inputs or slice(None)
+        known = np.where(into.new[at], 1.0, into.write[at])  # what reads a NEW index is overwritten afterwards
+        if self.split == "diagonal":
+            counts = copies.counts[into.source[at]]
+            chosen = self.out.rank[outputs, None] % counts == into.rank[at]
+            return np.where(chosen | into.new[at], 1 / known, 0.0)
+        # Uniform over all ways of sharing: Dirichlet(1, ..., 1), drawn as exponentials over their sum. A share depends
+        # on nothing but its row, so rows may come in blocks; transposed, all of them come at once.
+        n_outputs = len(self.out.source[outputs])
+        drawn = rng.exponential(size=(n_outputs, len(copies.order)))
+        drawn /= np.repeat(np.add.reduceat(drawn, copies.starts, axis=1), copies.counts, axis=1)
+        shares = np.ones((n_outputs, len(into.source)))
+        shares[:, copies.order] = drawn
+        return shares / known
+
+
+def _add_noise(matrix: Floats, into: Side, noise: float, rng: np.random.Generator) -> None:
     """Add to each row of `matrix` (out, in), in place, what no parent's activation can see.
 
-    Its mean over the copies of an input is zero, its root mean square `noise` times that of the row.
+    Over the copies j of an input, sum_j noise_j write_j is zero; its root mean square is `noise` times that of the row.
     """
+    copies = into.copies
     sources = len(copies.counts)
     drawn = rng.standard_normal((len(matrix), len(copies.order)))  # the copies of each input side by side
+    write = into.write[copies.order]
     n = int(copies.counts[0])
-    if (copies.counts == n).all():
+    if (copies.counts == n).all() and (write == 1).all():
         grouped = drawn.reshape(len(matrix), sources, n)
         grouped -= grouped.mean(axis=2, keepdims=True)
-    else:
-        drawn -= np.repeat(np.add.reduceat(drawn, copies.starts, axis=1) / copies.counts, copies.counts, axis=1)
-    # Taking the mean away took 1 / n of the power, and all of it where there is one copy.
+    else:  # take away the projection on the writes
+        power = np.add.reduceat(write * write, copies.starts)
+        along = np.add.reduceat(drawn * write, copies.starts, axis=1) / power
+        drawn -= np.repeat(along, copies.counts, axis=1) * write
+    # That took one direction in n, and all of it where there is one copy.
     kept = np.where(copies.counts > 1, 1 - 1 / copies.counts, 1.0)
     drawn *= np.repeat(noise / np.sqrt(kept), copies.counts)
+    drawn[:, np.repeat(copies.counts == 1, copies.counts)] = 0.0
     drawn *= np.sqrt(np.mean(copies.side_by_side(matrix) ** 2, axis=1, keepdims=True))
     if copies.back is None:
         matrix[:, copies.order] += drawn
