@@ -181,6 +181,11 @@ def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
 _BEFORE_NORM = {"q_normed": "q_dim", "k_normed": "k_dim"}
 
 
+def given_to_norm(gain: Parameter) -> tuple[Axes, ...]:
+    """The axes of what is normed, where the gain `rescales`: they lead to its own."""
+    return tuple(tuple(_BEFORE_NORM.get(axis, axis) for axis in axes) for axes in gain.out)
+
+
 def vector(old: Tensor, new: Parameter, plan: GrowthPlan, following: Tensor | None = None) -> Floats:
     """A bias or a norm's gain or bias, whole."""
     out = side_of(plan, new.out, new.interleaved)
@@ -193,8 +198,7 @@ def vector(old: Tensor, new: Parameter, plan: GrowthPlan, following: Tensor | No
         # A gain acts on each channel by itself, so copies have their source's, whatever was written there.
         values = values * (plan.norm_scale if new.out == (("embed",),) else 1.0)
         if new.rescales:
-            given = tuple(tuple(_BEFORE_NORM.get(axis, axis) for axis in axes) for axes in new.out)
-            values = values * (out.write / side_of(plan, given, new.interleaved).write)
+            values = values * (out.write / side_of(plan, given_to_norm(new), new.interleaved).write)
     else:
         values = values * out.write
     if new.final_norm:
