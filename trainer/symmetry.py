@@ -74,6 +74,7 @@ class Symmetry:
         }
         self._sizes = {axis: axis_map.large for axis, axis_map in plan.maps.items()}
         self._parts: dict[Key, list[_Part]] = {}
+        self._classes: dict[Any, tuple[Tensor, Tensor, int]] = {}
         family, weights = get_family(plan.family), dict(model.named_parameters())
         table = family.parameters(plan.child, plan.maps["position"].large, plan.maps["vocab"].large, plan.tied)
         for parameter in table:
@@ -165,13 +166,21 @@ class Symmetry:
         units = part.units[copied.sampled]  # (units, members, rest)
         n_units, members, rest = units.shape
         rows = weight.index_select(part.dimension, torch.from_numpy(units.ravel()).to(device))
-        keep, into, count = part.other.classes(summed, self.axes, self._sizes, MOST_ENTRIES // units.size)
-        rows = rows.index_select(1 - part.dimension, torch.from_numpy(keep).to(device)).float()
+        keep, into, count = self._classes_of(part.other, summed, MOST_ENTRIES // units.size, device)
+        rows = rows.index_select(1 - part.dimension, keep).float()
         if part.dimension == 1:
             rows = rows.T
         if count < len(keep):
-            rows = rows.new_zeros(len(rows), count).index_add_(1, torch.from_numpy(into).to(device), rows)
+            rows = rows.new_zeros(len(rows), count).index_add_(1, into, rows)
         return rows.reshape(n_units, members, rest * count).sum(1)
+
+    def _classes_of(self, side: _Side, summed: set[str], most: int, device: torch.device) -> tuple[Tensor, Tensor, int]:
+        """:meth:`_Side.classes`, once for all blocks."""
+        key = (side.segments, side.interleaved, frozenset(summed), most)
+        if key not in self._classes:
+            keep, into, count = side.classes(summed, self.axes, self._sizes, most)
+            self._classes[key] = torch.from_numpy(keep).to(device), torch.from_numpy(into).to(device), count
+        return self._classes[key]
 
 
 class _Found(NamedTuple):
@@ -305,6 +314,6 @@ def warning(rows: Sequence[Measure]) -> str | None:
         return None
     axes = ", ".join(f"{row['axis']} ({row['effective_width']:,} of {row['width']:,})" for row in equal)
     return (
-        f"Copies are still equal, so the extra width learns nothing: effective width {axes}. Noise (snr_db), or an "
-        "uneven split, at growth parts them."
+        f"Copies are still within {TOLERANCE:.0%} of each other, so the extra width learns nothing. Effective width: "
+        f"{axes}. Noise (snr_db) or an uneven split at growth parts them."
     )

@@ -89,6 +89,20 @@ def test_noise_as_large_as_the_weights_parts_all_copies_before_the_first_step(
     assert warning(rows) is None
 
 
+@pytest.mark.parametrize("split", ["diagonal", "uneven"])
+def test_copies_that_are_wired_apart_but_act_alike_are_not_taken_for_different_ones(
+    split: str, parents: dict[str, Path], tmp_path: Path
+) -> None:
+    """Side by side, two copies of the parent share no weight and no gradient tells them apart; uneven shares do."""
+    model, made = grown(parents["llama"], "llama", tmp_path, snr_db=None, split=split)
+
+    train(model)
+    rows = whole_axes(Symmetry(model, made).measure())
+
+    field = "least_width" if split == "diagonal" else "width"
+    assert [row["effective_width"] for row in rows] == [row[field] for row in rows]
+
+
 def test_effective_width_counts_the_copies_that_have_parted(parents: dict[str, Path], tmp_path: Path) -> None:
     model, made = grown(parents["llama"], "llama", tmp_path, snr_db=None, depth="stack")
     small = PARENT["llama"].d_mlp
