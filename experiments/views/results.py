@@ -6,19 +6,13 @@ sections that look different now, or with 204. Whoever may not see an experiment
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import hashlib
 import io
 import json
-import os
 import re
-import time
-import weakref
-import zipfile
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable
 from pathlib import Path
-from threading import BoundedSemaphore
 from typing import Any
 from uuid import UUID
 
@@ -26,7 +20,7 @@ from django import forms
 from django.contrib import messages
 from django.core.paginator import Paginator
 from django.db.models import Exists, F, Min, OuterRef, Prefetch, Q, QuerySet
-from django.http import Http404, HttpRequest, HttpResponse, StreamingHttpResponse
+from django.http import Http404, HttpRequest, HttpResponse
 from django.http.response import HttpResponseBase
 from django.shortcuts import get_object_or_404, redirect, render
 from django.template.loader import render_to_string
@@ -43,7 +37,8 @@ from experiments.models import ACTIVE, RESUMABLE, Experiment, ModelRun, Point, S
 from experiments.report import Report
 from experiments.standing import Standing, standings
 from experiments.transport.local import Local
-from experiments.views import polls
+from experiments.views import downloads, polls
+from experiments.views.downloads import download
 
 PAGE_SIZE = 20
 #: The runs of experiments, and where each trains, in one query.
@@ -269,7 +264,7 @@ def _files(standing: Standing) -> list[dict[str, Any]]:
         for name in ["model", *sorted(steps, reverse=True)]:
             about = {"model": each.name, "colour": each.colour, "name": name, "host": each.run.host}
             if (folder := _checkpoint(each.run, name)) is not None:
-                found.append({**about, "bytes": sum(map(_size, _members(folder))), "is_here": True})
+                found.append({**about, "bytes": downloads.bytes_of(folder), "is_here": True})
             elif each.run.host.is_remote and (name != "model" or each.run.state == State.SUCCEEDED):
                 found.append({**about, "transfer": transfers.get((each.run.pk, name)), "is_here": False})
     return found
@@ -290,21 +285,6 @@ def _checkpoint(run: ModelRun, name: str) -> Path | None:
     folder = run.directory / ("model" if name == "model" else f"checkpoints/{name}")
     inside = run.directory.resolve() / folder.relative_to(run.directory)
     return folder if folder.is_dir() and folder.resolve() == inside else None  # a link leads elsewhere
-
-
-def _members(folder: Path) -> list[Path]:
-    """The files of a checkpoint; none if it was replaced by a newer one while we looked."""
-    try:
-        return [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink()]
-    except FileNotFoundError:
-        return []
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
 
 
 # Figures --------------------------------------------------------------------------------------------------------------
@@ -388,7 +368,7 @@ def metrics_csv(request: HttpRequest, pk: UUID) -> HttpResponseBase:
                 line.truncate()
         yield line.getvalue()
 
-    return _download(rows(), "text/csv; charset=utf-8", f"kangaroo-{experiment.pk}.csv")
+    return download(rows(), "text/csv; charset=utf-8", f"kangaroo-{experiment.pk}.csv")
 
 
 @require_safe
@@ -418,77 +398,7 @@ def checkpoint(request: HttpRequest, pk: UUID, name: str, checkpoint: str) -> Ht
     if folder is None:
         raise Http404("No such checkpoint")
     title = f"{run.name}-{checkpoint}"
-    return _download(_zipped(folder, title), "application/zip", f"{title}.zip")
-
-
-def _zipped(folder: Path, title: str) -> Generator[bytes, None, None]:
-    """The files under `folder` as a zip, in pieces. Stored, not deflated: weights do not compress."""
-    out = _Pipe()
-    with contextlib.ExitStack() as opened, zipfile.ZipFile(out, "w") as archive:
-        # All are opened first: those of a checkpoint that is deleted meanwhile can still be read to their end.
-        files = [(path, opened.enter_context(path.open("rb"))) for path in _members(folder)]
-        for path, source in files:
-            member = zipfile.ZipInfo(f"{title}/{path.relative_to(folder)}", time.localtime()[:6])
-            # It must know its size: one beyond 2 GB is written in another way.
-            member.file_size = os.fstat(source.fileno()).st_size
-            with archive.open(member, "w") as target:
-                while block := source.read(2**20):
-                    target.write(block)
-                    yield out.take()
-    yield out.take()
-
-
-class _Pipe(io.RawIOBase):
-    """What is written, to be taken out again: a file that cannot be sought, for zipfile to write to."""
-
-    def __init__(self) -> None:
-        self.parts: list[bytes] = []
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        self.parts.append(bytes(data))
-        return len(data)
-
-    def take(self) -> bytes:
-        taken = b"".join(self.parts)
-        self.parts.clear()
-        return taken
-
-
-#: Long answers that one web process sends at once. Each takes a thread for as long as its reader likes, and the pages
-#: need the others.
-DOWNLOADS = 4
-_places = BoundedSemaphore(DOWNLOADS)
-
-
-def _download(pieces: Generator[Any, None, None], content_type: str, name: str) -> HttpResponseBase:
-    """A file made while it is sent; 503 when too many are being sent already."""
-    if not _places.acquire(blocking=False):
-        words = "Too many files are being downloaded from here at once. Try again in a minute.\n"
-        return HttpResponse(words, "text/plain; charset=utf-8", 503, headers={"Retry-After": "60"})
-    response = StreamingHttpResponse(_Sent(pieces), content_type=content_type)
-    response["Content-Disposition"] = f'attachment; filename="{name}"'
-    return response
-
-
-class _Sent:
-    """The pieces of a download, and its place, given back however it ends: a reader may not even begin to read."""
-
-    def __init__(self, pieces: Generator[Any, None, None]) -> None:
-        self.pieces = pieces
-        self.give_back = weakref.finalize(self, _places.release)
-
-    def __iter__(self) -> Iterator[Any]:
-        return self
-
-    def __next__(self) -> Any:
-        return next(self.pieces)
-
-    def close(self) -> None:
-        self.pieces.close()
-        self.give_back()
+    return download(downloads.zipped(folder, title), "application/zip", f"{title}.zip")
 
 
 # What may be done to it -----------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from accounts.models import User
 from experiments import jobs
 from experiments.models import Experiment, ModelRun, Reason, State
 from experiments.standing import promise
-from experiments.views import results
+from experiments.views import downloads
 from tests.experiments.factories import add_note, make_experiment, make_spec, make_user
 from tests.experiments.test_profile import inline_parts, marks
 
@@ -360,14 +360,14 @@ def test_a_page_stands_while_a_checkpoint_is_replaced_under_it(
 ) -> None:
     experiment = make_experiment(ada, points=0)
     folder = write_files(experiment)
-    members = results._members
+    members = downloads.members
 
     def then_gone(checkpoint: Path) -> list[Path]:
         found = members(checkpoint)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         return found
 
-    monkeypatch.setattr(results, "_members", then_gone)
+    monkeypatch.setattr(downloads, "members", then_gone)
     assert client.get(experiment.get_absolute_url()).status_code == 200
 
 
@@ -376,8 +376,8 @@ def test_downloads_leave_threads_to_the_pages_and_give_their_places_back(client:
     write_files(experiment)
     address = f"/experiments/{experiment.pk}/scaled/checkpoint/model/"
     for _ in range(2):
-        slow = [client.get(address) for _ in range(results.DOWNLOADS)]
-        assert [answer.status_code for answer in slow] == [200] * results.DOWNLOADS
+        slow = [client.get(address) for _ in range(downloads.DOWNLOADS)]
+        assert [answer.status_code for answer in slow] == [200] * downloads.DOWNLOADS
         refused = client.get(f"/experiments/{experiment.pk}/metrics.csv")
         assert (refused.status_code, refused["Retry-After"]) == (503, "60")
         assert "Try again in a minute" in refused.content.decode()
