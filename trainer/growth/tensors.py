@@ -12,7 +12,7 @@ Everything is computed in float64, as stored: (out, in), or (in, out) where the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
 
@@ -120,12 +120,16 @@ def side_of(plan: GrowthPlan, segments: tuple[Axes, ...], interleaved: bool = Fa
         small=sum(m.small for m in maps),
         source=source[stored],
         new=new[stored],
-        drawn=(new & np.repeat([m.new_write == "random" for m in maps], larges))[stored],
-        averaged=(new & np.repeat([m.new_write == "mean" for m in maps], larges))[stored],
-        drawn_from=(new & np.repeat([m.new_read == "random" for m in maps], larges))[stored],
+        drawn=(new & np.concatenate([_is(m.new_write, "random", m.large) for m in maps]))[stored],
+        averaged=(new & np.concatenate([_is(m.new_write, "mean", m.large) for m in maps]))[stored],
+        drawn_from=(new & np.concatenate([_is(m.new_read, "random", m.large) for m in maps]))[stored],
         write=np.concatenate([np.asarray(m.write, np.float64) for m in maps])[stored],
         read=np.concatenate([np.asarray(m.read, np.float64) for m in maps])[stored],
     )
+
+
+def _is(fills: str | Sequence[str], fill: str, large: int) -> NDArray[np.bool_]:
+    return np.broadcast_to(np.asarray(fills) == fill, large)
 
 
 def _taking_turns(turns: list[int], sizes: list[int]) -> NDArray[np.intp]:
