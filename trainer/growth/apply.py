@@ -1,11 +1,15 @@
 """A growth plan into weights: a Hugging Face folder into a larger one, streamed.
 
-The child appears at its place whole or not at all; memory is bounded by one tensor, mostly by a block of its rows; the
-same source, plan and seed give the same bytes; dtypes are kept. Needs numpy, not torch; runs no code of a checkpoint.
+The child appears at its place whole or not at all; memory is for some blocks of rows, whatever the sizes; the same
+source, plan, dtype and seed give the same bytes, by any number of threads. Needs numpy, not torch; runs no code of a
+checkpoint.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import glob
 import json
 import os
 import re
@@ -13,21 +17,34 @@ import shutil
 import tempfile
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+from trainer.agent import cores
 from trainer.families import Described, Family, family_of, get_family, read_config
-from trainer.growth.certificate import certificate, tolerance
+from trainer.growth.certificate import certificate, residual, tolerance
 from trainer.growth.errors import GrowthError
-from trainer.growth.plan import GrowthPlan
+from trainer.growth.plan import GrowthPlan, Origin
 from trainer.growth.tensors import fresh, grown
-from trainer.growth.weights import Array, SourceError, Tensor, Weights, narrow, write_safetensors
+from trainer.growth.weights import NAMES, Entry, Shards, SourceError, Tensor, Weights, narrow
 
-__all__ = ["Source", "SourceError", "certificate", "grow_checkpoint", "named_weights", "open_source"]
+__all__ = [
+    "DTYPES",
+    "Source",
+    "SourceError",
+    "certificate",
+    "grow_checkpoint",
+    "named_weights",
+    "open_source",
+    "output_bytes",
+]
 
 #: What is taken along unread: the tokenizer, its template, and how to generate.
 COMPANIONS = (
@@ -42,6 +59,21 @@ COMPANIONS = (
     "chat_template.jinja",
     "chat_template.json",
 )
+
+#: What weights may be written as, when not as the source has them.
+DTYPES = ("F32", "F16", "BF16")
+
+#: Bytes of a file beyond which weights are split; huggingface_hub's own limit.
+MAX_SHARD_BYTES = 5_000_000_000
+
+#: Called with bytes done, bytes in all, and what is being done with them, in the thread that grows.
+Progress = Callable[[int, int, str], None]
+
+#: Seconds between two of its calls.
+REPORT_SECONDS = 0.25
+
+#: More threads than this wait for the disk, and each has blocks of its own in memory.
+MOST_THREADS = 4
 
 #: RoPE kinds whose frequencies do not depend on d_head other than through a pair's place in it.
 _ROPE_THAT_GROWS = ("default", "linear", "llama3")
@@ -64,50 +96,65 @@ def open_source(folder: Path) -> Source:
     return Source(folder, family, config, family.shape_of(config))
 
 
-def grow_checkpoint(source: Path, out: Path, plan: GrowthPlan, seed: int, *, verify: bool = True) -> dict[str, Any]:
+def grow_checkpoint(
+    source: Path,
+    out: Path,
+    plan: GrowthPlan,
+    seed: int,
+    *,
+    verify: bool = True,
+    progress: Progress | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    dtype: str | None = None,
+    threads: int | None = None,
+) -> dict[str, Any]:
     """Grow the checkpoint in `source` into a new folder `out`, as `plan` says.
 
     Where the plan preserves the function, and unless `verify` is off, what was written is read again and held to the
-    certificate before it is put in place. Returns parameters, new_parameters, bytes, seconds, preserves, and the
-    largest residual (None where nothing was verified).
+    certificate before it is put in place. `dtype` (one of :data:`DTYPES`) converts; None keeps that of each tensor.
+    `progress` is called a few times a second; what it raises stops the growth. `threads`: else as many as numerical
+    libraries were told, or the process has cores, :data:`MOST_THREADS` at most.
+
+    Returns parameters, new_parameters, bytes (of the weights' files), seconds, preserves, and the largest residual and
+    the number of tensors certified (None and 0 where nothing was verified).
 
     Raises :class:`FamilyError` or :class:`SourceError` for a source that cannot be read, :class:`GrowthError` for a
-    plan that is not for this source, FileExistsError where `out` holds something.
+    plan that is not for this source or a value that `dtype` cannot hold, FileExistsError where `out` holds something,
+    OSError where the disk has no room. Nothing is left of `out` then.
     """
     began = time.perf_counter()
     opened = open_source(source)
     _check_plan_is_for(opened, plan)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} is there already; name a folder that is not, or that is empty")
+    if dtype is not None and dtype not in DTYPES:
+        raise GrowthError("dtype", f"must be {', '.join(DTYPES)}", dtype)
     weights = named_weights(opened)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        size = _write_weights(unfinished / "model.safetensors", weights, plan, seed)
+    threads = threads or min(MOST_THREADS, _threads())
+    with _new_folder(out) as folder:
         config = plan.child_config(opened.config)
-        (unfinished / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if dtype is not None:
+            config.pop("torch_dtype", None)  # its name in older configs
+            config["dtype"] = NAMES[dtype]
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for name in COMPANIONS:
             if (source / name).is_file():
-                shutil.copyfile(source / name, unfinished / name)
-        residual = _verified(weights, unfinished, plan) if verify and plan.preserves else None
-        unfinished.chmod(0o755)  # mkdtemp's own 0700 would keep other users of the machine out
-        _sync(unfinished, *unfinished.iterdir())
-        if out.exists():
-            out.rmdir()
-        unfinished.rename(out)
-        _sync(out.parent)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    before, after = _parameters(plan, plan.parent), _parameters(plan, plan.child)
+                shutil.copyfile(source / name, folder / name)
+        size = _write_weights(folder, weights, plan, seed, dtype, max_shard_bytes, threads, progress)
+        residuals = _verified(weights, folder, plan, threads, progress) if verify and plan.preserves else {}
+    before, after = _parameters(plan, child=False), _parameters(plan, child=True)
     return {
         "parameters": after,
         "new_parameters": after - before,
         "bytes": size,
         "seconds": time.perf_counter() - began,
         "preserves": plan.preserves,
-        "residual": residual,
+        "residual": max(residuals.values(), default=None),
+        "certified": len(residuals),
     }
+
+
+def output_bytes(source: Source, plan: GrowthPlan, dtype: str | None = None) -> int:
+    """Bytes of the tensors that :func:`grow_checkpoint` would write. Raises :class:`SourceError`."""
+    return sum(entry.nbytes for entry in _entries(named_weights(source), plan.parameters(), dtype))
 
 
 def named_weights(source: Source) -> dict[str, Tensor]:
@@ -167,45 +214,176 @@ def _plain(shape: Any) -> dict[str, Any]:
     return {**shape.model_dump(), "n_kv_heads": shape.kv_heads}
 
 
-def _parameters(plan: GrowthPlan, shape: Any) -> int:
-    table = get_family(plan.family).parameters(shape, plan.n_positions, plan.d_vocab, plan.tied)
+def _parameters(plan: GrowthPlan, *, child: bool) -> int:
+    shape, n_positions, d_vocab = plan.parent, plan.n_positions, plan.d_vocab
+    if child:
+        shape, n_positions, d_vocab = plan.child, plan.child_positions, plan.child_vocab
+    table = get_family(plan.family).parameters(shape, n_positions, d_vocab, plan.tied)
     return sum(parameter.size for parameter in table)
 
 
-def _write_weights(path: Path, weights: Mapping[str, Tensor], plan: GrowthPlan, seed: int) -> int:
-    origins = plan.parameters()
+# --- Writing and reading again ----------------------------------------------------------------------------------------
+
+
+def _entries(weights: Mapping[str, Tensor], origins: Iterable[Origin], dtype: str | None) -> list[Entry]:
     usual = next(iter(weights.values())).dtype
-    dtypes = [weights[origin.old.name].dtype if origin.old else usual for origin in origins]
-    layout = [(origin.new.name, dtype, origin.new.shape) for origin, dtype in zip(origins, dtypes, strict=True)]
+    return [
+        Entry(new.name, dtype or (weights[old.name].dtype if old else usual), new.shape) for new, old, *_ in origins
+    ]
 
-    def blocks() -> Iterator[Array]:
-        for origin, dtype in zip(origins, dtypes, strict=True):
-            new, old, _, following = origin
-            # By name, not in turn: a tensor's random entries do not depend on what else the model has.
-            rng = np.random.default_rng([seed, zlib.crc32(new.name.encode())])
-            if old is None:
-                values = fresh(new, plan.init.init_range, rng)
-            else:
-                values = grown(weights[old.name], origin, plan, rng, weights[following.name] if following else None)
+
+def _write_weights(
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    plan: GrowthPlan,
+    seed: int,
+    dtype: str | None,
+    max_shard_bytes: int,
+    threads: int,
+    progress: Progress | None,
+) -> int:
+    origins = plan.parameters()
+    entries = _entries(weights, origins, dtype)
+    _check_room(folder, sum(entry.nbytes for entry in entries))
+
+    def write(shards: Shards, origin: Origin, entry: Entry) -> None:
+        new, old, _, following = origin
+        # By name, not in turn: a tensor's random entries do not depend on what else the model has.
+        rng = np.random.default_rng([seed, zlib.crc32(new.name.encode())])
+        if old is None:
+            values = fresh(new, plan.init.init_range, rng)
+        else:
+            values = grown(weights[old.name], origin, plan, rng, weights[following.name] if following else None)
+        try:
             for rows in values:
-                yield narrow(rows, dtype)
-            for parameter in (old, following):
-                if parameter is not None:
-                    weights[parameter.name].release()
+                shards.write(new.name, narrow(rows, entry.dtype))
+        except OverflowError as error:
+            wider = "BF16 or F32" if entry.dtype == "F16" else "F32"
+            raise GrowthError("dtype", f"{new.name}: {error}; {wider} would be right") from None
 
-    return write_safetensors(path, layout, blocks(), {"format": "pt"})
+    with Shards(folder, entries, max_shard_bytes) as shards:
+        tasks = [partial(write, shards, origin, entry) for origin, entry in zip(origins, entries, strict=True)]
+
+        def tick() -> None:
+            if progress is not None:
+                progress(shards.written, shards.total, "writing")
+
+        for _ in _side_by_side(tasks, threads, tick, shards.stop):
+            pass
+    return shards.bytes
 
 
-def _verified(weights: Mapping[str, Tensor], folder: Path, plan: GrowthPlan) -> float:
-    """The largest residual of what was written. Raises :class:`GrowthError` where it is more than rounding."""
+def _check_room(folder: Path, wanted: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < wanted:
+        raise OSError(
+            errno.ENOSPC, f"{wanted / 1e9:.2f} GB will be written, and {free / 1e9:.2f} GB are free", str(folder.parent)
+        )
+
+
+def _verified(
+    weights: Mapping[str, Tensor], folder: Path, plan: GrowthPlan, threads: int, progress: Progress | None
+) -> dict[str, float]:
+    """The residual of each tensor that was written. Raises :class:`GrowthError` where one is more than rounding."""
     written = named_weights(open_source(folder))
-    residuals = certificate(weights, written, plan)
-    for name, residual in residuals.items():
-        if not residual <= tolerance(written[name].dtype, plan):
+    origins = [origin for origin in plan.parameters() if origin.old is not None]
+    total = sum(written[origin.new.name].nbytes for origin in origins)
+    residuals: dict[str, float] = {}
+
+    def check(origin: Origin) -> tuple[str, float]:
+        assert origin.old is not None
+        name, tensor = origin.new.name, written[origin.new.name]
+        found = residual(weights[origin.old.name], tensor, origin, plan)
+        if not found <= tolerance(tensor.dtype, plan):
             raise GrowthError(
-                "init", f"{name} came out {residual:.2g} away from what keeps the parent's function; nothing was kept"
+                "init", f"{name} came out {found:.2g} away from what keeps the parent's function; nothing was kept"
             )
-    return max(residuals.values())
+        return name, found
+
+    def tick() -> None:
+        if progress is not None:
+            progress(sum(written[name].nbytes for name in residuals), total, "verifying")
+
+    def stop() -> None:
+        for tensor in written.values():
+            tensor.stop()
+
+    for name, found in _side_by_side([partial(check, origin) for origin in origins], threads, tick, stop):
+        residuals[name] = found
+    tick()
+    return residuals
+
+
+T = TypeVar("T")
+
+
+def _side_by_side(
+    tasks: Sequence[Callable[[], T]], threads: int, tick: Callable[[], None], stop: Callable[[], None]
+) -> Iterator[T]:
+    """What `tasks` return, in the order in which they end, several at once; `tick` now and then and at the end.
+
+    numpy gives way to other threads in all that takes long. With the first error, of a task, of `tick` or a signal, the
+    rest is told to `stop` and waited for.
+    """
+    with ThreadPoolExecutor(threads, thread_name_prefix="growth") as pool:
+        pending = {pool.submit(task) for task in tasks}
+        try:
+            while pending:
+                done, pending = wait(pending, timeout=REPORT_SECONDS, return_when=FIRST_EXCEPTION)
+                for future in done:
+                    yield future.result()
+                tick()
+        except BaseException:
+            stop()
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _threads() -> int:
+    told = os.environ.get("OMP_NUM_THREADS", "")
+    return int(told) if told.isdecimal() and int(told) else cores()
+
+
+# --- The folder -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill, which takes `out`'s place when the block ends, and is removed when it does not end well.
+
+    What a process that was killed has left behind is removed by the next one that wants the same place: a lock, which
+    ends with its process, tells the two apart.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} is there already; name a folder that is not, or that is empty")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for left in out.parent.glob(f".{glob.escape(out.name)}.unfinished-*"):
+        with suppress(OSError), _locked(left):
+            shutil.rmtree(left, ignore_errors=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}.unfinished-", dir=out.parent))
+    try:
+        with _locked(unfinished):
+            yield unfinished
+            unfinished.chmod(0o755)  # mkdtemp's own 0700 would keep other users of the machine out
+            _sync(*(path for path in unfinished.iterdir() if path.suffix != ".safetensors"), unfinished)
+            if out.exists():
+                out.rmdir()
+            unfinished.rename(out)
+            _sync(out.parent)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Raises OSError where another process has it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _sync(*paths: Path) -> None:

@@ -47,8 +47,6 @@ def residual(source: Tensor, grown: Tensor, origin: Origin, plan: GrowthPlan, *,
         found = _matrix(source, grown, origin, plan, only_copied)
     else:
         found = _vector(source, grown, origin, plan)
-    source.release()
-    grown.release()
     return found / size
 
 
