@@ -101,30 +101,37 @@ def memory_bytes(family: str, shape: Shape, train: TrainSpec, n_positions: int, 
     total = sum(p.size for p in table)
     blocks = sum(p.size for p in table if p.layer is not None and p.kind == "matrix")
     half = train.precision != "fp32"  # `auto` may turn out either way: the recipe where bf16 is fast
-    kept = train.tokens_per_step * shape.n_layers * activation_bytes(architecture, shape, half)
+    kept = train.tokens_per_step * shape.n_layers * activation_bytes(architecture, shape, train.n_ctx, half)
     kept = round(kept * HOLES["LayerNorm" if architecture.mean_centred else "RMSNorm"])
     head = 4 * d_vocab * shape.d_model + 12 * LOSS_CHUNK * d_vocab
     return round(MEMORY_MARGIN * (BASE_BYTES + 16 * total + kept + (2 * blocks if half else 0) + head))
 
 
-def activation_bytes(family: Family, shape: Shape, half: bool) -> int:
+def activation_bytes(family: Family, shape: Shape, n_ctx: int, half: bool) -> int:
     """Bytes that autograd keeps for the backward pass, a token and block; measured, tensor by tensor, in the tests.
 
     The residual stream is fp32; with `half`, what goes into a matrix product or comes out of one is bf16.
     """
     d, f = shape.d_model, shape.d_mlp
     q, kv = shape.n_heads * shape.d_head, shape.kv_heads * shape.d_head
-    # The input of each of the two norms; RMSNorm, built of single operations, keeps the normalised one too.
-    norms = 4 * (1 if family.parallel else 2) * d * (1 if family.mean_centred else 2)
+    one_block = family.parameters(shape.model_copy(update={"n_layers": 1}), 1, 1, True)
+    n_norms = sum(p.layer is not None and p.kind == "norm_gain" and p.out == (("embed",),) for p in one_block)
+    # The input of each norm, one where two read the same; RMSNorm, built of single operations, keeps the normalised too.
+    norms = 4 * (1 if family.parallel else n_norms) * d * (1 if family.mean_centred else 2)
     # The output of each norm, cast once for each matrix that reads it (q, k, v, gate, up; c_attn, c_fc).
-    # Queries and keys as given and as normed, in fp32; norms of single heads round before their gain.
-    norms += (q + kv) * (6 if half and family.qk_norm == "head" else 8) if family.qk_norm else 0
+    # Queries and keys as given and as normed, in fp32; norms of single heads round before their gain, but Gemma's after.
+    rounds = half and family.qk_norm == "head" and not family.gain_from_one
+    norms += (q + kv) * (6 if rounds else 8) if family.qk_norm else 0
     products = 5 * d if half and not family.fused else 2 * d
     products += 2 * q + 2 * kv  # queries, keys, values, and what attention gives
     if family.fused and family.rotates_first:
         products += 2 * q + kv  # rotated ones are new, values keep all three alive; what attention gives is copied
+    scores = 0
+    if family.caps_scores:  # no fused kernel: keys and values once for each query head; tanh and softmax of all scores
+        products += 2 * (q - kv)
+        scores = 8 * shape.n_heads * n_ctx
     products += 4 * f if family.gated_mlp else 2 * f  # (gate, up, silu(gate), their product) or (before, after gelu)
-    return norms + products * (2 if half else 4)
+    return norms + scores + products * (2 if half else 4)
 
 
 def training_steps(train: TrainSpec, train_tokens: int | None) -> int | None:

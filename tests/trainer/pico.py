@@ -18,7 +18,7 @@ PARENT = {
     "llama": Shape(d_model=12, n_heads=6, n_kv_heads=2, d_head=4, d_mlp=20, n_layers=2),
 }
 #: Families with Llama's axes, which differ in what stands on them: they grow from and to Llama's shapes.
-LIKE_LLAMA = ("mistral", "olmo2", "qwen2", "qwen3")
+LIKE_LLAMA = ("gemma", "gemma2", "gemma3_text", "mistral", "olmo2", "phi3", "qwen2", "qwen3")
 PARENT |= dict.fromkeys(LIKE_LLAMA, PARENT["llama"])
 
 
@@ -53,7 +53,7 @@ def exact_logits(folder: Path) -> Any:
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
     for module in model.modules():
-        if hasattr(module, "variance_epsilon"):
+        if type(module).__name__.endswith("RMSNorm"):
             module.forward = partial(_rms_norm, module)
     tokens = torch.randint(0, D_VOCAB, (2, N_POSITIONS), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -61,7 +61,9 @@ def exact_logits(folder: Path) -> Any:
 
 
 def _rms_norm(module: Any, x: Any) -> Any:
-    return module.weight * x * (x.pow(2).mean(-1, keepdim=True) + module.variance_epsilon).rsqrt()
+    from_one = not hasattr(module, "variance_epsilon")  # Gemma's norms, which call it eps
+    eps = module.eps if from_one else module.variance_epsilon
+    return (from_one + module.weight) * x * (x.pow(2).mean(-1, keepdim=True) + eps).rsqrt()
 
 
 def logits(folder: Path, dtype: str = "float32") -> Any:

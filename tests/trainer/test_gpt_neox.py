@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from tests.trainer.pico import D_VOCAB, N_POSITIONS, PARENT, child, grow, logits, save
 from tests.trainer.texts import events, experiment, last, trainer, write
 from trainer.families import get_family, read_config
-from trainer.families.gpt_neox import rotated_share, share_of
+from trainer.families.gpt_neox import rotated_share
+from trainer.families.rope import share_of
 from trainer.growth import plan
 from trainer.growth.apply import certificate, grow_checkpoint, named_weights, open_source
 from trainer.growth.certificate import tolerance

@@ -11,12 +11,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.families.base import Axes, Described, Family, FamilyError, Parameter, axis_sizes
+from trainer.families.base import Axes, Described, Family, Parameter, axis_sizes
+from trainer.families.errors import FamilyError
+from trainer.families.gemma import Gemma
+from trainer.families.gemma2 import Gemma2
+from trainer.families.gemma3_text import Gemma3Text
 from trainer.families.gpt2 import Gpt2
 from trainer.families.gpt_neox import GptNeoX
 from trainer.families.llama import Llama
 from trainer.families.mistral import Mistral
 from trainer.families.olmo2 import Olmo2
+from trainer.families.phi3 import Phi3
 from trainer.families.qwen2 import Qwen2
 from trainer.families.qwen3 import Qwen3
 
@@ -37,11 +42,15 @@ __all__ = [
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
+        Gemma(),
+        Gemma2(),
+        Gemma3Text(),
         Gpt2(),
         GptNeoX(),
         Llama(),
         Mistral(),
         Olmo2(),
+        Phi3(),
         Qwen2(),
         Qwen3(),
     )
@@ -59,8 +68,16 @@ def get_family(name: str) -> Family:
 def family_of(config: Mapping[str, Any]) -> Family:
     """The family of a config.json's content. Raises :class:`FamilyError`, also for weights that are quantised."""
     model_type = config.get("model_type")
+    if model_type == "gemma3":
+        raise FamilyError(
+            "config.json: model_type 'gemma3': growth has no place for its vision tower; save its text model by itself "
+            "(docs/families.md says how), whose model_type is 'gemma3_text'"
+        )
     if model_type not in FAMILIES:
-        raise FamilyError(f"config.json: model_type {model_type!r}: can be grown are {', '.join(FAMILIES)}")
+        raise FamilyError(
+            f"config.json: model_type {model_type!r}: no family says which axes its tensors have; there are "
+            f"{', '.join(FAMILIES)}, and docs/families.md says how to add one"
+        )
     if config.get("quantization_config"):
         raise FamilyError("config.json: quantization_config: quantised weights cannot be grown; use the original ones")
     return FAMILIES[model_type]

@@ -27,16 +27,13 @@ from math import prod
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from trainer.families import rope
+from trainer.families.errors import FamilyError
 from trainer.shape import Shape
 
 #: Several axes of one dimension, outermost first: a query projection writes ("q_head", "q_dim").
 Axes = tuple[str, ...]
 
 Kind = Literal["matrix", "bias", "norm_gain", "norm_bias"]
-
-
-class FamilyError(ValueError):
-    """A config that no family here can carry; the message names the field, the value and what would be right."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +75,11 @@ class Parameter:
     def fresh(self) -> Literal["normal", "zeros", "ones"]:
         """What it holds in a new model: N(0, init_range) for matrices, zero for biases, a gain of one for norms."""
         return "zeros" if self.from_one else _FRESH[self.kind]
+
+    @property
+    def silent(self) -> float:
+        """The stored value that makes it give nothing."""
+        return -1.0 if self.from_one else 0.0
 
 
 _FRESH: dict[Kind, Literal["normal", "zeros", "ones"]] = {
@@ -136,8 +138,12 @@ class Family(ABC):
     scales_embedding: ClassVar[bool] = False
     #: Attention divides by a number of the config, not by sqrt(d_head).
     fixed_scale: ClassVar[bool] = False
+    #: Attention's scores are capped, which torch's fused kernels cannot do: every score is computed and kept.
+    caps_scores: ClassVar[bool] = False
     #: RoPE's base where config.json has none, by the top-level field that old ones have it in; empty: no RoPE.
     thetas: ClassVar[Mapping[str, float]] = {"rope_theta": 10000.0}
+    #: The kinds of RoPE that this architecture can have in transformers.
+    possible_ropes: ClassVar[frozenset[str]] = rope.KINDS
     #: The field of config.json with the longest context.
     positions: ClassVar[str] = "max_position_embeddings"
     #: Tensors that old checkpoints carry and no model needs (masks, rotary tables): a regular expression.
@@ -149,13 +155,19 @@ class Family(ABC):
     def problems(self, shape: Shape) -> list[tuple[str, str]]:
         """What keeps this architecture from having `shape`: (field of the shape, what would be right)."""
 
+    def possible(self, shape: Shape) -> Shape:
+        """The shape of a config. Raises :class:`FamilyError` where this architecture cannot have it."""
+        for field, message in self.problems(shape):
+            raise FamilyError(f"config.json: {field} {getattr(shape, field)}: {message}")
+        return shape
+
     @abstractmethod
     def parameters(self, shape: Shape, n_positions: int, d_vocab: int, tied: bool) -> tuple[Parameter, ...]:
         """Every stored tensor, in the model's own order. A tied output head is not stored, so not listed."""
 
     @abstractmethod
-    def fixed(self, n_positions: int) -> dict[str, Any]:
-        """What a new model's config.json holds beside the shape and what :meth:`config` says of every family."""
+    def fixed(self, shape: Shape, n_positions: int) -> dict[str, Any]:
+        """What a new model's config.json holds beside the shape's own fields and what every family's does."""
 
     def config(
         self,
@@ -181,7 +193,7 @@ class Family(ABC):
             "use_cache": True,
             "dtype": "float32",
         }
-        return self.resized(every | self.fixed(n_positions), shape)
+        return self.resized(every | self.fixed(shape, n_positions), shape)
 
     @abstractmethod
     def shape_of(self, config: Mapping[str, Any]) -> Described:
@@ -211,6 +223,13 @@ class Family(ABC):
         if not self.thetas:
             return set()
         return {rope.kind_of(each) for each in rope.ropes(config)} or {"default"}
+
+    def known_ropes(self, config: Mapping[str, Any]) -> None:
+        """Raise :class:`FamilyError` where a config uses a kind of RoPE that this architecture does not have."""
+        if unknown := self.rope_kinds(config) - self.possible_ropes:
+            raise FamilyError(
+                f"config.json: rope_type {min(unknown)!r}: {self.title} has {', '.join(sorted(self.possible_ropes))}"
+            )
 
 
 class Layout:
@@ -248,6 +267,23 @@ def require(config: Mapping[str, Any], field: str, allowed: tuple[Any, ...], why
     if value not in allowed:
         right = " or ".join(repr(a) for a in allowed)
         raise FamilyError(f"config.json: {field} {value!r}: {why}; {right} would be right")
+
+
+def square_problems(title: str, shape: Shape) -> list[tuple[str, str]]:
+    """What keeps an architecture of full attention with d_model = n_heads x d_head from having `shape`."""
+    found = []
+    if shape.n_kv_heads is not None and shape.n_kv_heads != shape.n_heads:
+        found.append(("n_kv_heads", f"{title} has one key/value head for each query head; leave it out"))
+    if shape.d_model != shape.n_heads * shape.d_head:
+        right = []
+        if shape.d_model % shape.n_heads == 0:
+            right.append(f"d_head {shape.d_model // shape.n_heads}")
+        if shape.d_model % shape.d_head == 0:
+            right.append(f"n_heads {shape.d_model // shape.d_head}")
+        right.append(f"d_model {shape.n_heads * shape.d_head}")
+        needed = f"{title} needs d_model ({shape.d_model}) = n_heads ({shape.n_heads}) x d_head: "
+        found.append(("d_head", needed + " or ".join(right)))
+    return found
 
 
 def whole(config: Mapping[str, Any], field: str, default: int | None = None) -> int:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trainer.families.base import Described, Family, FamilyError, Layout, Parameter, axis_sizes, require, whole
+from trainer.families.base import Described, Family, Layout, Parameter, axis_sizes, require, square_problems, whole
 from trainer.shape import Shape
 
 
@@ -30,29 +30,7 @@ class Gpt2(Family):
     not_weights = r"\.attn\.(bias|masked_bias)$"
 
     def problems(self, shape: Shape) -> list[tuple[str, str]]:
-        found = []
-        if shape.n_kv_heads is not None and shape.n_kv_heads != shape.n_heads:
-            found.append(
-                (
-                    "n_kv_heads",
-                    "GPT-2 has one key/value head for each query head; leave it out",
-                )
-            )
-        if shape.d_model != shape.n_heads * shape.d_head:
-            right = []
-            if shape.d_model % shape.n_heads == 0:
-                right.append(f"d_head {shape.d_model // shape.n_heads}")
-            if shape.d_model % shape.d_head == 0:
-                right.append(f"n_heads {shape.d_model // shape.d_head}")
-            right.append(f"d_model {shape.n_heads * shape.d_head}")
-            found.append(
-                (
-                    "d_head",
-                    f"GPT-2 needs d_model ({shape.d_model}) = n_heads ({shape.n_heads}) x d_head: "
-                    + " or ".join(right),
-                )
-            )
-        return found
+        return square_problems("GPT-2", shape)
 
     def parameters(self, shape: Shape, n_positions: int, d_vocab: int, tied: bool) -> tuple[Parameter, ...]:
         add = Layout(axis_sizes(shape, n_positions, d_vocab))
@@ -82,7 +60,7 @@ class Gpt2(Family):
             add.matrix("lm_head.weight", ("vocab",), embed)
         return tuple(add.parameters)
 
-    def fixed(self, n_positions: int) -> dict[str, Any]:
+    def fixed(self, shape: Shape, n_positions: int) -> dict[str, Any]:
         return {
             "architectures": ["GPT2LMHeadModel"],
             "n_positions": n_positions,
@@ -107,10 +85,8 @@ class Gpt2(Family):
             n_layers=whole(config, "n_layer", 12),
             layer_norm_eps=config.get("layer_norm_epsilon", 1e-5),
         )
-        for field, message in self.problems(shape):
-            raise FamilyError(f"config.json: {field} {getattr(shape, field)}: {message}")
         return Described(
-            shape,
+            self.possible(shape),
             whole(config, "n_positions", 1024),
             whole(config, "vocab_size", 50257),
             bool(config.get("tie_word_embeddings", True)),

@@ -18,10 +18,10 @@ are not rotated, and the share is written anew.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import inf, nextafter
 from typing import Any
 
-from trainer.families.base import Described, Family, FamilyError, Layout, Parameter, axis_sizes, require, whole
+from trainer.families import rope
+from trainer.families.base import Described, Family, Layout, Parameter, axis_sizes, require, square_problems, whole
 from trainer.shape import Shape
 
 #: Pythia's share of the rotated channels; also what a config means that says nothing.
@@ -44,19 +44,7 @@ class GptNeoX(Family):
     also_named = {"embed_out.weight": "lm_head.weight"}  # as the model of transformers 5 calls it, but never its files
 
     def problems(self, shape: Shape) -> list[tuple[str, str]]:
-        found = []
-        if shape.n_kv_heads is not None and shape.n_kv_heads != shape.n_heads:
-            found.append(("n_kv_heads", "GPT-NeoX has one key/value head for each query head; leave it out"))
-        if shape.d_model != shape.n_heads * shape.d_head:
-            right = []
-            if shape.d_model % shape.n_heads == 0:
-                right.append(f"d_head {shape.d_model // shape.n_heads}")
-            if shape.d_model % shape.d_head == 0:
-                right.append(f"n_heads {shape.d_model // shape.d_head}")
-            right.append(f"d_model {shape.n_heads * shape.d_head}")
-            needed = f"GPT-NeoX needs d_model ({shape.d_model}) = n_heads ({shape.n_heads}) x d_head: "
-            found.append(("d_head", needed + " or ".join(right)))
-        return found
+        return square_problems("GPT-NeoX", shape)
 
     def parameters(self, shape: Shape, n_positions: int, d_vocab: int, tied: bool) -> tuple[Parameter, ...]:
         add = Layout(axis_sizes(shape, n_positions, d_vocab))
@@ -82,7 +70,7 @@ class GptNeoX(Family):
             add.matrix("embed_out.weight", ("vocab",), embed)
         return tuple(add.parameters)
 
-    def fixed(self, n_positions: int) -> dict[str, Any]:
+    def fixed(self, shape: Shape, n_positions: int) -> dict[str, Any]:
         return {
             "architectures": ["GPTNeoXForCausalLM"],
             "max_position_embeddings": n_positions,
@@ -105,12 +93,10 @@ class GptNeoX(Family):
             n_layers=whole(config, "num_hidden_layers", 44),
             layer_norm_eps=config.get("layer_norm_eps", 1e-5),
         )
-        for field, message in self.problems(shape):
-            raise FamilyError(f"config.json: {field} {getattr(shape, field)}: {message}")
+        self.possible(shape)
+        self.known_ropes(config)
         require(config, "head_dim", (None, shape.d_head), "GPT-NeoX rotates heads of another width than it has")
-        share = rotated_share(config)
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
-            raise FamilyError(f"config.json: rotary_pct {share!r}: must be a share of d_head, from 0 to 1")
+        rotated_share(config)
         return Described(
             shape,
             whole(config, "max_position_embeddings", 2048),
@@ -131,26 +117,13 @@ class GptNeoX(Family):
             sized["head_dim"] = shape.d_head
         if "hidden_size" not in config or "num_attention_heads" not in config:
             return sized  # of a new model: nothing was rotated yet
-        d_head, share = config["hidden_size"] // config["num_attention_heads"], rotated_share(config)
-        if d_head != shape.d_head:
-            share = share_of(int(d_head * share), shape.d_head)
-            rope = config.get("rope_parameters")
-            if rope and "partial_rotary_factor" in rope:
-                sized["rope_parameters"] = {**rope, "partial_rotary_factor": share}
-            if "rotary_pct" in config or not (rope and "partial_rotary_factor" in rope):
-                sized["rotary_pct"] = share
-        return sized
+        d_head = config["hidden_size"] // config["num_attention_heads"]
+        if d_head == shape.d_head:
+            return sized
+        rotated = int(d_head * rotated_share(config))
+        return rope.with_rotated_share(sized, "rotary_pct", rope.share_of(rotated, shape.d_head))
 
 
-def rotated_share(config: Mapping[str, Any]) -> Any:
+def rotated_share(config: Mapping[str, Any]) -> float:
     """The share of a head's channels that RoPE rotates; transformers 4 called it rotary_pct."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    return rope.get("partial_rotary_factor", config.get("rotary_pct", ROTATED))
-
-
-def share_of(rotated: int, d_head: int) -> float:
-    """The share that makes transformers' int(d_head x share) come to `rotated`."""
-    share = rotated / d_head
-    while int(d_head * share) < rotated:
-        share = nextafter(share, inf)
-    return share
+    return rope.rotated_share(config, "rotary_pct", ROTATED)

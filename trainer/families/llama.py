@@ -7,6 +7,9 @@ Per block (T tokens, D = d_model, H = n_heads, K = n_kv_heads, d = d_head, F = d
 
 `d_head` is free of `d_model / n_heads`, though transformers wants d_model to be a multiple of n_heads.
 
+A block may attend through a window where config.json says so of that block (`layer_types`, or an older rule by its
+place): a window counts tokens, so no width changes it, and a block that is moved or copied takes its kind along.
+
 Architectures that differ from this one in a few facts are subclasses, each in its own file.
 """
 
@@ -15,8 +18,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from trainer.families.base import Described, Family, FamilyError, Layout, Parameter, axis_sizes, require, whole
+from trainer.families import rope
+from trainer.families.base import Described, Family, Layout, Parameter, axis_sizes, require, whole
+from trainer.families.errors import FamilyError
 from trainer.shape import Shape
+
+#: Kinds of attention, as `layer_types` in config.json names them: all that came before, or the last few tokens.
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 class Llama(Family):
@@ -31,12 +39,13 @@ class Llama(Family):
     not_weights = r"rotary_emb\.inv_freq$"
     architecture: ClassVar[str] = "LlamaForCausalLM"
     biases: ClassVar[bool] = False  # of queries, keys and values
-    #: Of a block's two norms, in the model's order; `post_norm`: they stand after attention and MLP, not before.
-    norms: ClassVar[tuple[str, str]] = ("input_layernorm", "post_attention_layernorm")
-    post_norm: ClassVar[bool] = False
+    #: A block's norms, in the model's order, and those of them that stand after attention and MLP, not before.
+    norms: ClassVar[tuple[str, ...]] = ("input_layernorm", "post_attention_layernorm")
+    post_norms: ClassVar[tuple[str, ...]] = ()
     whole_heads: ClassVar[bool] = True  # transformers wants d_model to be a multiple of n_heads
     #: What transformers takes a field for that a config.json leaves out.
     assumed: ClassVar[Mapping[str, Any]] = {"max_position_embeddings": 2048}
+    activation: ClassVar[tuple[str, str]] = ("hidden_act", "silu")  # of a new model's MLP, and the field that says so
 
     def problems(self, shape: Shape) -> list[tuple[str, str]]:
         found = []
@@ -70,11 +79,10 @@ class Llama(Family):
         for i in range(shape.n_layers):
             block = f"model.layers.{i}"
             self._attention(add, f"{block}.self_attn", i)
-            add.matrix(f"{block}.mlp.gate_proj.weight", ("mlp",), embed, layer=i)
-            add.matrix(f"{block}.mlp.up_proj.weight", ("mlp",), embed, layer=i)
-            add.matrix(f"{block}.mlp.down_proj.weight", embed, ("mlp",), layer=i, writes_residual=not self.post_norm)
+            self._mlp(add, f"{block}.mlp", i)
             for norm in self.norms:
-                add.vector(f"{block}.{norm}.weight", "norm_gain", embed, layer=i, writes_residual=self.post_norm)
+                after = norm in self.post_norms
+                add.vector(f"{block}.{norm}.weight", "norm_gain", embed, layer=i, writes_residual=after)
         add.vector("model.norm.weight", "norm_gain", embed, final_norm=True)
         if not tied:
             add.matrix("lm_head.weight", ("vocab",), embed)
@@ -87,17 +95,23 @@ class Llama(Family):
             if self.biases:
                 add.vector(f"{attention}.{name}_proj.bias", "bias", axes, layer=layer)
         out = ("q_head", "v_dim")
-        add.matrix(f"{attention}.o_proj.weight", ("embed",), out, layer=layer, writes_residual=not self.post_norm)
+        add.matrix(f"{attention}.o_proj.weight", ("embed",), out, layer=layer, writes_residual=not self.post_norms)
         for name, head in (("q", "q_head"), ("k", "kv_head")):
             if self.qk_norm:
                 over = (f"{name}_normed",) if self.qk_norm == "head" else (head, f"{name}_normed")
                 add.vector(f"{attention}.{name}_norm.weight", "norm_gain", over, layer=layer, rescales=True)
 
-    def fixed(self, n_positions: int) -> dict[str, Any]:
+    def _mlp(self, add: Layout, mlp: str, layer: int) -> None:
+        """The parameters of a block's MLP."""
+        add.matrix(f"{mlp}.gate_proj.weight", ("mlp",), ("embed",), layer=layer)
+        add.matrix(f"{mlp}.up_proj.weight", ("mlp",), ("embed",), layer=layer)
+        add.matrix(f"{mlp}.down_proj.weight", ("embed",), ("mlp",), layer=layer, writes_residual=not self.post_norms)
+
+    def fixed(self, shape: Shape, n_positions: int) -> dict[str, Any]:
         return {
             "architectures": [self.architecture],
             "max_position_embeddings": n_positions,
-            "hidden_act": "silu",
+            self.activation[0]: self.activation[1],
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
             "attention_bias": False,
             "mlp_bias": False,
@@ -119,17 +133,46 @@ class Llama(Family):
             n_layers=whole(config, "num_hidden_layers"),
             layer_norm_eps=config.get("rms_norm_eps", 1e-6),
         )
-        for field, message in self.problems(shape):
-            raise FamilyError(f"config.json: {field} {getattr(shape, field)}: {message}")
+        self.known_ropes(config)
+        self._possible_share(config)
+        self._possible_windows(config, shape.n_layers)
         return Described(
-            shape,
+            self.possible(shape),
             whole(config, "max_position_embeddings"),
             whole(config, "vocab_size"),
             bool(config.get("tie_word_embeddings", False)),
         )
 
+    def _possible_share(self, config: Mapping[str, Any]) -> None:
+        """Raise :class:`FamilyError` where a part of each head is to be rotated, and the architecture rotates all."""
+        if (share := rope.rotated_share(config, "partial_rotary_factor", 1.0)) != 1:
+            raise FamilyError(
+                f"config.json: partial_rotary_factor {share}: {self.title} rotates whole heads; 1 would be right"
+            )
+
+    def window(self, config: Mapping[str, Any]) -> int | None:
+        """How many tokens a block with a window looks back; None: there are no windows."""
+        stated = {"sliding_window": None, **self.assumed, **config}
+        return None if stated["sliding_window"] is None else whole(stated, "sliding_window")
+
+    def layer_types(self, config: Mapping[str, Any], n_layers: int) -> list[str] | None:
+        """Each block's kind of attention where config.json does not list them; None: one kind for all."""
+        return None
+
+    def _possible_windows(self, config: Mapping[str, Any], n_layers: int) -> None:
+        """Raise :class:`FamilyError` for kinds of attention that are not known, or not one for each block."""
+        kinds = config.get("layer_types")
+        if kinds is None:
+            return
+        if len(kinds) != n_layers:
+            raise FamilyError(f"config.json: layer_types names {len(kinds)} blocks, where {n_layers} would be right")
+        if other := {*kinds} - {FULL, SLIDING}:
+            raise FamilyError(f"config.json: layer_types {min(other)!r}: growth knows {FULL} and {SLIDING}")
+        if SLIDING in kinds and self.window(config) is None:
+            raise FamilyError(f"config.json: layer_types has {SLIDING}, but there is no sliding_window")
+
     def resized(self, config: Mapping[str, Any], shape: Shape, sources: Sequence[int] | None = None) -> dict[str, Any]:
-        return {
+        sized = {
             **config,
             "hidden_size": shape.d_model,
             "num_attention_heads": shape.n_heads,
@@ -139,3 +182,19 @@ class Llama(Family):
             "num_hidden_layers": shape.n_layers,
             "rms_norm_eps": shape.layer_norm_eps,
         }
+        if kinds := self._moved(config, shape.n_layers, sources):
+            sized["layer_types"] = kinds
+        return sized
+
+    def _moved(self, config: Mapping[str, Any], n_layers: int, sources: Sequence[int] | None) -> list[str] | None:
+        """Each block's kind of attention in a model of `n_layers`, whose blocks continue `sources`."""
+        by_rule = self.layer_types(config, n_layers)
+        if "num_hidden_layers" not in config:
+            return by_rule  # a new model
+        depth = config["num_hidden_layers"]
+        old = config.get("layer_types") or self.layer_types(config, depth)
+        if old is None or (sources is None and n_layers == depth):
+            return old
+        if sources is not None:
+            return [old[source] for source in sources]
+        return by_rule if by_rule is not None and len({*old}) > 1 else old[:1] * n_layers

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from trainer.families.llama import Llama
+from trainer.shape import Shape
 
 
 class Mistral(Llama):
@@ -16,9 +17,9 @@ class Mistral(Llama):
     title = "Mistral"
     architecture = "MistralForCausalLM"
     whole_heads = False
-    assumed = {"max_position_embeddings": 131072, "num_key_value_heads": 8}
+    assumed = {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096}
 
-    def fixed(self, n_positions: int) -> dict[str, Any]:
+    def fixed(self, shape: Shape, n_positions: int) -> dict[str, Any]:
         unbiased = {"attention_bias", "mlp_bias"}  # not fields of this architecture
-        kept = {field: value for field, value in super().fixed(n_positions).items() if field not in unbiased}
+        kept = {field: value for field, value in super().fixed(shape, n_positions).items() if field not in unbiased}
         return {**kept, "sliding_window": None}

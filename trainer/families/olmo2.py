@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 from trainer.families.llama import Llama
+from trainer.shape import Shape
 
 
 class Olmo2(Llama):
@@ -23,9 +24,9 @@ class Olmo2(Llama):
     architecture = "Olmo2ForCausalLM"
     whole_heads = False
     norms = ("post_attention_layernorm", "post_feedforward_layernorm")
-    post_norm = True
+    post_norms = norms
     qk_norm = "all"
     assumed = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5}
 
-    def fixed(self, n_positions: int) -> dict[str, Any]:
-        return {field: value for field, value in super().fixed(n_positions).items() if field != "mlp_bias"}
+    def fixed(self, shape: Shape, n_positions: int) -> dict[str, Any]:
+        return {field: value for field, value in super().fixed(shape, n_positions).items() if field != "mlp_bias"}

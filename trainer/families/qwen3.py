@@ -12,6 +12,7 @@ from typing import Any
 
 from trainer.families.base import Described, require
 from trainer.families.qwen2 import Qwen2
+from trainer.shape import Shape
 
 
 class Qwen3(Qwen2):
@@ -22,8 +23,8 @@ class Qwen3(Qwen2):
     qk_norm = "head"
     assumed = {**Qwen2.assumed, "head_dim": 128}
 
-    def fixed(self, n_positions: int) -> dict[str, Any]:
-        return {**super().fixed(n_positions), "attention_bias": False}
+    def fixed(self, shape: Shape, n_positions: int) -> dict[str, Any]:
+        return {**super().fixed(shape, n_positions), "attention_bias": False}
 
     def shape_of(self, config: Mapping[str, Any]) -> Described:
         require(config, "attention_bias", (False, None), "biases in attention are not carried by growth")

@@ -13,12 +13,17 @@ Every function takes a config's content and leaves it alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from math import inf, nextafter
 from typing import Any
+
+from trainer.families.errors import FamilyError
 
 Config = Mapping[str, Any]
 Rope = Mapping[str, Any]
 
 FIELDS = ("rope_parameters", "rope_scaling")
+#: Kinds that transformers has for these architectures.
+KINDS = frozenset({"default", "linear", "llama3", "yarn", "dynamic", "longrope"})
 #: Kinds whose frequencies are set by the context they were trained with, which is the config's own where not stated.
 _BY_CONTEXT = ("llama3", "yarn", "longrope")
 #: Kinds that take what is missing of `factor` from how much longer the context became.
@@ -35,6 +40,34 @@ def ropes(config: Config) -> list[Rope]:
 def kind_of(rope: Rope) -> str:
     """`default`, `linear`, `llama3`, `yarn`, `dynamic`, `longrope`, or what else stands there."""
     return str(rope.get("rope_type") or rope.get("type") or "default")
+
+
+def rotated_share(config: Config, field: str, default: float) -> float:
+    """The share of a head's channels that is rotated; `field` has it at the top level. Raises :class:`FamilyError`."""
+    stated = [rope["partial_rotary_factor"] for rope in ropes(config) if "partial_rotary_factor" in rope]
+    share = stated[0] if stated else config.get(field, default)
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+        raise FamilyError(f"config.json: {field} {share!r}: must be a share of d_head, from 0 to 1")
+    return float(share)
+
+
+def with_rotated_share(config: Config, field: str, share: float) -> dict[str, Any]:
+    """The config with another share of rotated channels, written where it has one, else at the top level."""
+
+    def restate(rope: Rope) -> dict[str, Any]:
+        return {**rope, "partial_rotary_factor": share} if "partial_rotary_factor" in rope else dict(rope)
+
+    changed = _with_each(config, restate)
+    stated = any("partial_rotary_factor" in rope for rope in ropes(config))
+    return changed | ({field: share} if field in config or not stated else {})
+
+
+def share_of(rotated: int, d_head: int) -> float:
+    """The share that makes transformers' int(d_head x share) come to `rotated`."""
+    share = rotated / d_head
+    while int(d_head * share) < rotated:
+        share = nextafter(share, inf)
+    return share
 
 
 def raised(config: Config, power: float, thetas: Mapping[str, float]) -> dict[str, Any]:
