@@ -101,7 +101,7 @@ def copied_heads(parent: Shape, child: Shape, choose: Choose = cyclic) -> tuple[
     if (parent.n_heads, parent.kv_heads) == (child.n_heads, child.kv_heads):
         return identity(parent.n_heads), identity(parent.kv_heads)
     members, new_members = parent.n_heads // parent.kv_heads, child.n_heads // child.kv_heads
-    kv_sources = sorted(choose(parent.kv_heads, child.kv_heads))
+    kv_sources = sorted(cyclic(parent.kv_heads, child.kv_heads))  # as evenly as can be: each group needs its room
     q_sources: list[int] = []
     for group in range(parent.kv_heads):
         slots = kv_sources.count(group) * new_members

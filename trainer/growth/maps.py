@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import sqrt
-from typing import Literal
+from typing import Literal, TypeVar
 
 #: In `source_index`: this large index has no source.
 NEW = -1
@@ -23,6 +23,8 @@ NEW = -1
 Fill = Literal["zero", "random"]
 #: `mean`: the mean of all old channels, which a LayerNorm that follows takes away again.
 WriteFill = Literal["zero", "random", "mean"]
+
+_F = TypeVar("_F", bound=str)
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,8 @@ class AxisMap:
     source_index: Sequence[int]
     write: Sequence[float]
     read: Sequence[float]
-    new_write: WriteFill = "zero"
-    new_read: Fill = "random"
+    new_write: WriteFill | Sequence[WriteFill] = "zero"  # one for all, or one for each large index
+    new_read: Fill | Sequence[Fill] = "random"
 
     def __post_init__(self) -> None:
         assert len(self.source_index) == len(self.write) == len(self.read) == self.large
@@ -68,6 +70,11 @@ class AxisMap:
     @property
     def has_new(self) -> bool:
         return not isinstance(self.source_index, range) and NEW in self.source_index
+
+    @staticmethod
+    def fill_at(at: int, fills: _F | Sequence[_F]) -> _F:
+        """What is at large index `at`, of one fill for all or one for each."""
+        return fills if isinstance(fills, str) else fills[at]
 
     @cached_property
     def power(self) -> Sequence[float]:
@@ -152,23 +159,34 @@ def corner(small: int, large: int) -> AxisMap:
 
 
 def product(outer: AxisMap, inner: AxisMap) -> AxisMap:
-    """The map of two axes laid out in one dimension, `outer` outermost: E = E_outer (x) E_inner."""
+    """The map of two axes laid out in one dimension, `outer` outermost: E = E_outer (x) E_inner.
+
+    What is NEW on the outer axis is filled as that says, whatever the inner one does.
+    """
     if outer.is_identity and inner.is_identity:
         return identity(outer.small * inner.small)
     sources, write, read = [], [], []
-    for outer_source, outer_write, outer_read in zip(outer.source_index, outer.write, outer.read, strict=True):
-        for inner_source, inner_write, inner_read in zip(inner.source_index, inner.write, inner.read, strict=True):
+    new_write: list[WriteFill] = []
+    new_read: list[Fill] = []
+    for i, (outer_source, outer_write, outer_read) in enumerate(
+        zip(outer.source_index, outer.write, outer.read, strict=True)
+    ):
+        for j, (inner_source, inner_write, inner_read) in enumerate(
+            zip(inner.source_index, inner.write, inner.read, strict=True)
+        ):
             new = NEW in (outer_source, inner_source)
             sources.append(NEW if new else outer_source * inner.small + inner_source)
             write.append(outer_write * inner_write)
             read.append(outer_read * inner_read)
-    with_new = [axis for axis in (outer, inner) if axis.has_new]
+            filled, at = (outer, i) if outer_source == NEW else (inner, j)
+            new_write.append(filled.fill_at(at, filled.new_write))
+            new_read.append(filled.fill_at(at, filled.new_read))
     return AxisMap(
         outer.small * inner.small,
         outer.large * inner.large,
         tuple(sources),
         tuple(write),
         tuple(read),
-        new_write="random" if any(axis.new_write == "random" for axis in with_new) else "zero",
-        new_read="random" if all(axis.new_read == "random" for axis in with_new) else "zero",
+        new_write=tuple(new_write),
+        new_read=tuple(new_read),
     )
