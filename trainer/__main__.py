@@ -17,6 +17,7 @@ Exits with 0 when done, or stopped with a checkpoint; 1 when a run failed; 2 whe
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import signal
@@ -361,4 +362,9 @@ def _changes(text: str) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # torch and the model classes are a million objects that stay. Looking for garbage among them takes a second of the
+    # four that a run needs to begin, and another one as the interpreter ends.
+    gc.set_threshold(10_000)
+    code = main()
+    gc.freeze()
+    sys.exit(code)
