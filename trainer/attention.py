@@ -77,7 +77,10 @@ def attention(
 
 
 def use_in(model: Any) -> None:
-    """Make a transformers model use it."""
+    """Make a transformers model use it, unless it caps its scores, which takes every score by itself."""
+    if getattr(model.config, "attn_logit_softcapping", None) is not None:
+        model.set_attn_implementation("eager")
+        return
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)  # which is None where causal is all there is to say
     model.set_attn_implementation(NAME)

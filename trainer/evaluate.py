@@ -147,7 +147,13 @@ def _logits(model: Any, batch: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Pieces of (logits [c, V] in float32, targets [c]) that together cover the batch [B, T + 1]."""
     hidden = model.base_model(input_ids=batch[:, :-1], use_cache=False).last_hidden_state.flatten(0, 1)  # [n, d]
     targets = batch[:, 1:].flatten()  # [n]
-    head = model.get_output_embeddings()
+    head, cap = model.get_output_embeddings(), logit_cap(model)
     for start in range(0, len(targets), HEAD_CHUNK):
         piece = slice(start, start + HEAD_CHUNK)
-        yield head(hidden[piece]).float(), targets[piece]
+        logits = head(hidden[piece]).float()
+        yield logits if cap is None else logits.div_(cap).tanh_().mul_(cap), targets[piece]
+
+
+def logit_cap(model: Any) -> float | None:
+    """What a model keeps its logits x within, by cap * tanh(x / cap); None: nothing (only Gemma 2 has a cap)."""
+    return getattr(model.config, "final_logit_softcapping", None)
