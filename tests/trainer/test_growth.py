@@ -13,7 +13,7 @@ from trainer.families import get_family
 from trainer.growth import OPERATORS, GrowthError, GrowthPlan, check, plan, resolve_shape
 from trainer.growth.depth import DEPTH_RULES, Block
 from trainer.growth.exactness import broken
-from trainer.growth.maps import NEW, copies, corner, identity, place, product, tile
+from trainer.growth.maps import NEW, copies, corner, cyclic, place, product, tile, weighted
 from trainer.growth.width import WIDTH_RULES
 from trainer.shape import GrowInit, Shape
 
@@ -194,7 +194,10 @@ def test_what_is_preserved_is_computed_from_what_changes(growth: tuple[str, Shap
     same_depth = to.n_layers == PARENT[family].n_layers
     same_width = to.model_copy(update={"n_layers": 2}) == PARENT[family]
 
-    assert made.preserves == ((width == "duplicate" or same_width) and (depth == "identity" or same_depth))
+    keeps = width not in ("aki", "random_pad")
+    if get_family(family).qk_norm == "all":
+        assume(width not in ("pad", "net2net"))  # heads that are not copied equally often change a norm over all
+    assert made.preserves == ((keeps or same_width) and (depth == "identity" or same_depth))
 
 
 @given(growth=whole_growths(), width=st.sampled_from(sorted(WIDTH_RULES)), depth=st.sampled_from(ANY_DEPTH))
@@ -205,8 +208,8 @@ def test_each_parameter_of_the_child_has_a_source_of_its_kind(
     made = planned(family, to, grow(width, depth))
     new_table = get_family(family).parameters(to, N_POSITIONS, D_VOCAB, True)
 
-    assert [new.name for new, _, _ in made.parameters()] == [p.name for p in new_table]
-    for new, old, block in made.parameters():
+    assert [new.name for new, *_ in made.parameters()] == [p.name for p in new_table]
+    for new, old, block, _ in made.parameters():
         if old is None:
             assert block.source is None
             assert new.layer is not None
@@ -268,14 +271,34 @@ def test_channels_copied_unequally_often_are_seen_by_both_norms() -> None:
 
 
 def test_weighted_copies_keep_a_mean_square_but_not_a_mean() -> None:
-    # 12 to 18: six channels doubled at half their power, the others scaled up to match.
-    sources = [*range(12), *range(6)]
-    write = [(1.5 / (2 if s < 6 else 1)) ** 0.5 for s in sources]
-    weighted = type(identity(1))(12, 18, sources, write, [w / 1.5 for w in write])
+    mixed = weighted(12, cyclic(12, 18))
 
-    assert weighted.reads_what_it_wrote
-    assert conditions("llama", child("llama"), embed=weighted) == []
-    assert "mean changes" in conditions("gpt2", child("gpt2"), embed=weighted)[0]
+    assert mixed.reads_what_it_wrote
+    assert mixed.power == pytest.approx((1.5,) * 12)
+    assert conditions("llama", child("llama"), embed=mixed) == []
+    assert "mean changes" in conditions("gpt2", child("gpt2"), embed=mixed)[0]
+
+
+def test_a_pad_is_made_up_for_by_the_size_of_the_rest_and_under_a_layer_norm_holds_the_mean() -> None:
+    zeros, means = (place(12, 18, range(12), scale=1.5**0.5, new_write=fill) for fill in ("zero", "mean"))
+    assert conditions("llama", child("llama"), embed=zeros) == []
+    assert "mean square" in conditions("llama", child("llama"), embed=place(12, 18, range(12)))[0]
+    assert "mean that no norm takes away" in conditions("llama", child("llama"), embed=means)[0]
+    assert conditions("gpt2", child("gpt2"), embed=means) == []
+    assert "do not hold the mean" in conditions("gpt2", child("gpt2"), embed=zeros)[0]
+
+
+@given(growth=whole_growths(), more=st.integers(0, 7))
+def test_duplicate_preserves_at_any_ratio(growth: tuple[str, Shape], more: int) -> None:
+    family, to = growth
+    to = to.model_copy(update={"d_mlp": to.d_mlp + more})
+    if family == "gpt2":
+        heads = to.n_heads + more
+        to = to.model_copy(update={"n_heads": heads, "d_model": heads * to.d_head})
+    else:
+        to = to.model_copy(update={"d_model": to.d_model + more * to.n_heads, "d_head": to.d_head + 2 * more})
+    made = planned(family, to, grow())
+    assert made.preserves, made.because
 
 
 def test_scaled_units_of_the_mlp_are_seen() -> None:
@@ -299,7 +322,7 @@ def test_a_norm_of_queries_and_keys_wants_whole_copies_of_channels() -> None:
     assert "d_head (4 to 8) is random" in conditions("qwen3", to, q_dim=random)[0]
     turned = copies(4, [0, 1, 2, 3] * 2)
     assert "belong to other channels" in conditions("qwen3", to, q_dim=turned)[0]
-    assert "1 / sqrt(d_head)" in conditions("qwen3", to, q_normed=copies(4, [0, 0, 1, 1, 2, 2, 3, 3]))[0]
+    assert "scaled by another number" in conditions("qwen3", to, q_normed=copies(4, [0, 0, 1, 1, 2, 2, 3, 3]))[0]
     unrotated = type(turned)(4, 8, [0, 0, 1, 1, 2, 2, 3, 3], (0.0, 1.0) * 4, (0.0, 1.0) * 4)
     assert "RoPE" in conditions("qwen3", to, k_normed=unrotated)[0]
 
@@ -321,7 +344,7 @@ def test_a_block_with_norms_after_its_layers_is_silenced_by_their_gains() -> Non
 def test_an_attention_scale_that_is_not_made_up_for_is_seen() -> None:
     to = child("gpt2", d_model=24, d_head=8)
     assert conditions("gpt2", to) == []
-    assert "1 / sqrt(d_head)" in conditions("gpt2", to, q_dim=place(4, 8, range(4)))[0]
+    assert "scaled by another number" in conditions("gpt2", to, q_dim=place(4, 8, range(4)))[0]
 
 
 def test_random_keys_against_random_queries_are_seen() -> None:
@@ -347,11 +370,7 @@ def test_copies_that_do_not_add_up_are_seen() -> None:
 @pytest.mark.parametrize(
     ("family", "changes", "field", "value", "right"),
     [
-        ("llama", {"d_model": 30}, "shape.d_model", 30, "24 or 36"),
-        ("llama", {"d_mlp": 50}, "shape.d_mlp", 50, "40 or 60"),
-        ("llama", {"n_heads": 8, "d_model": 24}, "shape.n_heads", 8, "6 or 12"),
-        ("llama", {"n_heads": 6, "n_kv_heads": 3}, "shape.n_kv_heads", 3, "2 or 4"),
-        ("llama", {"d_head": 6}, "shape.d_head", 6, "4 or 8"),
+        ("llama", {"n_heads": 6, "n_kv_heads": 3}, "shape.n_heads", 6, "at least 9"),
         ("llama", {"d_mlp": 10}, "shape.d_mlp", 10, "at least 20"),
         ("llama", {"n_layers": 1}, "shape.n_layers", 1, "at least 2"),
         ("llama", {"n_heads": 3, "n_kv_heads": None}, "shape.n_heads", 3, "at least 6"),

@@ -15,7 +15,7 @@ from random import Random
 
 from trainer.families import Family
 from trainer.growth.errors import GrowthError
-from trainer.growth.maps import NEW, AxisMap, copies, cyclic, identity, place, tile, weighted
+from trainer.growth.maps import NEW, AxisMap, WriteFill, copies, cyclic, identity, place, tile, weighted
 from trainer.shape import Shape
 
 #: The axes that a field of the shape sets the size of.
@@ -48,32 +48,35 @@ def at_random(small: int, large: int) -> tuple[int, ...]:
 def copied_residual(small: int, large: int, mean_centred: bool) -> AxisMap:
     """Channels of the residual stream, copied so that norms see the same.
 
-    A norm divides by the root mean square, so E^T E must be a multiple kappa of I: what is divided by then changes by
-    sqrt(kappa D / D'), which gain and eps take back. At a whole ratio all channels are tiled, kappa = D' / D, and gain
-    and eps stay. Else
+    A norm divides by the root of the mean square and eps, so every map here has E^T E = (D' / D) I: the mean square
+    stays, and with it each gain and eps. At a whole ratio all channels are tiled. Else
 
-    * RMSNorm: copies of unlike number are weighted (:func:`trainer.growth.maps.weighted`); again kappa = D' / D;
-    * LayerNorm also takes away the mean, which weights would move: floor(D' / D) whole copies, and the rest written
-      with the mean of all old channels (LEMON). The mean stays, the pads are at zero once it is taken away, whatever
-      reads them is free, and kappa = floor(D' / D).
+    * RMSNorm: copies of unlike number are weighted (:func:`trainer.growth.maps.weighted`);
+    * LayerNorm takes away the mean first, which weights would move: floor(D' / D) whole copies, all written at one
+      size, and further channels that hold the mean of the old ones (LEMON). So the mean stays the mean, the pads are
+      zero once it is taken away, and what reads them is free, hence random.
     """
     if large % small == 0:
         return tile(small, large // small)
     if not mean_centred:
         return weighted(small, cyclic(small, large))
-    times = large // small
-    sources = (*cyclic(small, times * small), *(NEW,) * (large - times * small))
-    return AxisMap(small, large, sources, (1.0,) * large, (1 / times,) * large, new_write="mean")
+    return _with_pads(small, large, large // small, "mean")
 
 
 def padded_residual(small: int, large: int, mean_centred: bool) -> AxisMap:
-    """The old channels, then new ones that hold nothing a norm lets through: zeros, or under LayerNorm the mean.
+    """The old channels once, then new ones that hold nothing a norm lets through: zeros, or under LayerNorm the mean.
 
-    kappa = 1: gains are multiplied by sqrt(D / D'), eps by D / D'. What reads the pads is free, hence random.
+    LEMON writes the old channels as they are and multiplies every gain by sqrt(D / D'), eps by D / D'. Here they are
+    written at sqrt(D' / D) instead, which is the same function with gains and eps as they were: norms of queries and
+    keys, which have the same eps in the config, need it so.
     """
-    if small == large:
-        return identity(small)
-    return place(small, large, range(small), new_write="mean" if mean_centred else "zero")
+    return identity(small) if small == large else _with_pads(small, large, 1, "mean" if mean_centred else "zero")
+
+
+def _with_pads(small: int, large: int, times: int, pad: WriteFill) -> AxisMap:
+    sources = (*cyclic(small, times * small), *(NEW,) * (large - times * small))
+    write = sqrt(large / (times * small))
+    return AxisMap(small, large, sources, (write,) * large, (1 / (times * write),) * large, new_write=pad)
 
 
 # --- Heads ------------------------------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def _judged(out: Side, origin: Origin) -> NDArray[np.bool_]:
 def _matrix(source: Tensor, grown: Tensor, origin: Origin, plan: GrowthPlan, only_copied: bool) -> float:
     new = origin.new
     out, into = side_of(plan, new.out, new.interleaved), side_of(plan, (new.into,))
-    write = np.where(out.new & ~out.averaged, 0.0, np.where(out.averaged, 1.0, out.write))
+    write = np.where(out.new & ~out.averaged, 0.0, out.write)
     if new.into == ("vocab",):
         write = write * plan.table_scale
     stored = _in_first if new.in_first else _out_first

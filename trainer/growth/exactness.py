@@ -4,8 +4,8 @@ Let the child's activation be x' = E x on every axis. By induction along the gra
 if each of these does; `broken` names those that do not:
 
     every axis     R E = I, and nothing that is read holds random entries
-    embed          one E for the whole residual stream, E^T E = kappa I; for LayerNorm also unit coefficients, and the
-                   mean of the old channels, not zero, in new ones, so that the mean stays
+    embed          one E for the whole residual stream, E^T E = (D' / D) I, so that gain and eps stay; for LayerNorm all
+                   coefficients alike, and the mean of the old channels, not zero, in new ones, so that the mean stays
     mlp            E has unit coefficients: the nonlinearity acts on each unit
     heads          a query head's copy reads a copy of the same key/value head; copies are exact
     q_dim, k_dim   E_q^T E_k = sqrt(d' / d) I, since the softmax divides by sqrt(d), or I where it does not; with RoPE
@@ -14,7 +14,7 @@ if each of these does; `broken` names those that do not:
     k_normed       (and each head copied equally often as it is, if the norm takes all heads together), so that mean
                    square and eps stay, and gains are those of the channel that each copies
     layers         the old blocks once each and in order, all others silent
-    eps            times kappa D / D', with gains times its root: that is what the norms then divide by
+    eps            unchanged
 """
 
 from __future__ import annotations
@@ -27,17 +27,6 @@ from trainer.growth.axes import FIELD_AXES, size_of
 from trainer.growth.depth import Block
 from trainer.growth.maps import NEW, AxisMap
 from trainer.shape import Shape
-
-
-def kappa(embed: AxisMap) -> float:
-    """E^T E = kappa I on the residual stream, where it is a multiple of I at all."""
-    return embed.power[0]
-
-
-def child_eps(parent: Shape, embed: AxisMap) -> float:
-    """The layer_norm_eps with which norms over the grown residual stream do what the parent's do."""
-    changed = kappa(embed) * embed.small / embed.large
-    return parent.layer_norm_eps if isclose(changed, 1) else parent.layer_norm_eps * changed
 
 
 def broken(
@@ -58,7 +47,7 @@ def broken_by_width(
     """What of that lies in the maps."""
     found = [*_random_axes(family, parent, child, maps)]
     if not found:  # with random entries the finer conditions add nothing a reader needs
-        found += _residual_stream(family, parent, maps["embed"])
+        found += _residual_stream(family, maps["embed"])
         found += _units(maps["mlp"])
         found += _heads(maps["q_head"], maps["kv_head"])
         found += _query_key_norms(family, maps) or _head_channels(family, maps, rope_power)
@@ -67,9 +56,8 @@ def broken_by_width(
             for axis, axis_map in maps.items()
             if not axis_map.reads_what_it_wrote
         ]
-    right = parent.layer_norm_eps if found else child_eps(parent, maps["embed"])
-    if not isclose(child.layer_norm_eps, right):
-        found.append(f"layer_norm_eps {child.layer_norm_eps:g} changes every norm ({right:g} would not)")
+    if parent.layer_norm_eps != child.layer_norm_eps:
+        found.append(f"layer_norm_eps {parent.layer_norm_eps:g} to {child.layer_norm_eps:g} changes every norm")
     return found
 
 
@@ -104,19 +92,17 @@ def _same_new(a: AxisMap, b: AxisMap) -> bool:
     return [s == NEW for s in a.source_index] == [s == NEW for s in b.source_index]
 
 
-def _residual_stream(family: Family, parent: Shape, embed: AxisMap) -> list[str]:
+def _residual_stream(family: Family, embed: AxisMap) -> list[str]:
     if embed.is_identity:
         return []
-    if not all(isclose(power, kappa(embed)) for power in embed.power):
+    if not _keeps_mean_square(embed):
         return ["the norms' mean square changes, since channels of d_model are not copied equally often"]
-    if family.mean_centred and not (embed.new_write == "mean" or not embed.has_new):
+    if family.mean_centred and embed.has_new and embed.new_write != "mean":
         return ["the norms' mean changes, since new channels of d_model do not hold the mean of the old ones"]
-    if family.mean_centred and not embed.has_unit_writes:
-        return ["the norms' mean changes, since channels of d_model are copied at other sizes"]
+    if family.mean_centred and len({*embed.write}) > 1:
+        return ["the norms' mean changes, since channels of d_model are copied at unlike sizes"]
     if not family.mean_centred and embed.has_new and embed.new_write == "mean":
         return ["new channels of d_model hold a mean that no norm takes away"]
-    if family.qk_norm and child_eps(parent, embed) != parent.layer_norm_eps:
-        return ["the norms of queries and keys have the same eps as the others, which must change with d_model"]
     return []
 
 

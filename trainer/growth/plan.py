@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from math import sqrt
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from trainer.families import Parameter, get_family
 from trainer.growth.axes import FIELD_AXES, size_of
 from trainer.growth.depth import DEPTH_RULES, Block
 from trainer.growth.errors import GrowthError
-from trainer.growth.exactness import broken_by_depth, broken_by_width, child_eps, joined, kappa
+from trainer.growth.exactness import broken_by_depth, broken_by_width, joined
 from trainer.growth.maps import AxisMap, identity, place
 from trainer.growth.width import WIDTH_RULES
 from trainer.shape import GrowInit, Shape, Split
@@ -35,7 +35,7 @@ class Origin(NamedTuple):
 class GrowthPlan:
     """From `parent` to `child`. `preserves`: the child's logits are the parent's, up to rounding, before training.
 
-    `child` has the layer_norm_eps that the maps need. `n_positions`, `d_vocab` and `tied` are the parent's.
+    `n_positions`, `d_vocab` and `tied` are the parent's.
     """
 
     family: str
@@ -65,14 +65,6 @@ class GrowthPlan:
         """How readers share a value among its copies."""
         return WIDTH_RULES[self.init.width].split or self.init.split
 
-    @cached_property
-    def norm_scale(self) -> float:
-        """What gains of norms over the residual stream are multiplied by: eta = sqrt(kappa D / D')."""
-        embed = self.maps["embed"]
-        if self.init.width == "random_pad":  # claims nothing, and is to be what it always was
-            return 1.0
-        return sqrt(kappa(embed) * embed.small / embed.large)
-
     @property
     def table_scale(self) -> float:
         """What the token table is multiplied by: sqrt(D / D') where the model multiplies it by sqrt(D')."""
@@ -81,15 +73,15 @@ class GrowthPlan:
 
     @property
     def final_norm_scale(self) -> float:
-        """What the final norm's gain and bias are multiplied by, beside what every norm is.
+        """What the final norm's gain and bias are multiplied by.
 
-        A tied output head reads with the table W E^T, not W R: its logits come out times kappa, and times the table's
-        scale, which the norm before it takes back.
+        A tied output head reads with the table W E^T, not W R: its logits come out times kappa, where E^T E = kappa I,
+        and times the table's scale; the norm before it takes both back.
         """
         embed = self.maps["embed"]
         if not self.tied or embed.is_identity:
             return 1.0
-        return 1 / (kappa(embed) * self.table_scale)
+        return 1 / (embed.power[0] * self.table_scale)
 
     def child_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The child's config.json, from the parent's."""
@@ -152,17 +144,14 @@ def plan(
 ) -> GrowthPlan:
     """The plan of growing `parent` to `child`. Positions, vocabulary and tie are the parent's.
 
-    A child whose layer_norm_eps is the parent's gets the one that the maps need. Raises :class:`GrowthError` as
-    :func:`check` does.
+    Raises :class:`GrowthError` as :func:`check` does.
     """
     check(family, parent, child, init)
     for name, small in (("d_vocab", d_vocab), ("n_positions", n_positions)):
         large = getattr(init, name)
         if large is not None and large < small:
             raise GrowthError(f"init.{name}", f"is less than the parent's {small}: at least {small}", large)
-    maps, rope_power, eps = _widened(family, init.width, parent, child)
-    if child.layer_norm_eps == parent.layer_norm_eps:
-        child = child.model_copy(update={"layer_norm_eps": eps})
+    maps, rope_power = _widened(family, init.width, parent, child)
     blocks = DEPTH_RULES[init.depth].blocks(parent.n_layers, child.n_layers)
     reasons = [*_broken(family, init.width, parent, child), *broken_by_depth(parent.n_layers, blocks)]
     maps = {**maps, "vocab": _extended(d_vocab, init.d_vocab), "position": _extended(n_positions, init.n_positions)}
@@ -184,17 +173,15 @@ def plan(
 
 
 @lru_cache(maxsize=128)
-def _widened(family: str, width: str, parent: Shape, child: Shape) -> tuple[dict[str, AxisMap], float, float]:
-    """Maps, power of rope_theta and eps: they depend on nothing else, and a page asks for them often."""
+def _widened(family: str, width: str, parent: Shape, child: Shape) -> tuple[dict[str, AxisMap], float]:
+    """Maps and power of rope_theta: they depend on nothing else, and a page asks for them often."""
     architecture, rule = get_family(family), WIDTH_RULES[width]
-    maps = rule.maps(architecture, parent, child)
-    eps = parent.layer_norm_eps if width == "random_pad" else child_eps(parent, maps["embed"])
-    return maps, rule.rope_power(architecture, parent, child), eps
+    return rule.maps(architecture, parent, child), rule.rope_power(architecture, parent, child)
 
 
 @lru_cache(maxsize=128)
 def _broken(family: str, width: str, parent: Shape, child: Shape) -> tuple[str, ...]:
-    maps, rope_power, _ = _widened(family, width, parent, child)
+    maps, rope_power = _widened(family, width, parent, child)
     found = broken_by_width(get_family(family), parent, child, maps, rope_power)
     if WIDTH_RULES[width].from_above and any(max(m.multiplicity) > 1 for m in maps.values()):
         found.append("copies of outputs are taken from the block above")

@@ -200,7 +200,6 @@ def vector(old: Tensor, new: Parameter, plan: GrowthPlan, following: Tensor | No
         values = values + 1.0
     if new.kind == "norm_gain":
         # A gain acts on each channel by itself, so copies have their source's, whatever was written there.
-        values = values * (plan.norm_scale if new.out == (("embed",),) else 1.0)
         if new.rescales:
             values = values * (out.write / side_of(plan, given_to_norm(new), new.interleaved).write)
     else:
@@ -209,7 +208,7 @@ def vector(old: Tensor, new: Parameter, plan: GrowthPlan, following: Tensor | No
         values = values * plan.final_norm_scale
     values[out.new] = 1.0 if new.kind == "norm_gain" else 0.0
     if out.averaged.any() and new.kind == "bias":
-        values[out.averaged] = old[:].mean()
+        values[out.averaged] = (old[:].mean() * out.write)[out.averaged]
     return values - 1.0 if new.from_one else values
 
 
@@ -218,7 +217,7 @@ def _matrix(
 ) -> Iterator[Floats]:
     out, into = side_of(plan, new.out, new.interleaved), side_of(plan, (new.into,))
     rows, columns = (into, out) if new.in_first else (out, into)
-    write, read = np.where(out.new, 1.0, out.write), into.read
+    write, read = np.where(out.new & ~out.averaged, 1.0, out.write), into.read
     if new.into == ("vocab",):
         write = write * plan.table_scale
     split = plan.split if into.copies.several else "even"

@@ -57,7 +57,7 @@ class Duplicate(WidthRule):
 
     exact for any N, since E_in x has nothing that I - E_in R_in lets through; N keeps the copies from staying alike
     for ever (`GrowInit.snr_db` is its size). Any ratio: :mod:`.axes` has the argument for each axis. A tied output head
-    reads with E where it should read with R: the final norm's gain and bias are divided by kappa.
+    reads with E where it should read with R: the final norm's gain and bias are divided by D' / D.
     """
 
     about = Operator(
@@ -130,8 +130,8 @@ class Pad(WidthRule):
         W' = [[W, N], [0, N]]     embed: new channels hold 0 (under LayerNorm: the mean); read at random
         W' = [[W, 0], [N, 0]]     units, heads, values: random, read by zeros
 
-    with the norms' gains times sqrt(D / D') and eps times D / D'. No copies, so nothing to tell apart; but what is
-    written by zeros gets its first gradient through what is random behind it, and starts slowly.
+    with what is written to the old channels times sqrt(D' / D), so that gains and eps stay. No copies, so nothing to
+    tell apart; but what is written by zeros gets its first gradient through what is random behind it, and starts slowly.
     """
 
     about = Operator(
