@@ -18,6 +18,7 @@ class ExperimentsConfig(AppConfig):
         pre_delete.connect(_lock_runs, sender="experiments.Experiment")
         pre_delete.connect(_retire_hosts, sender="accounts.User")
         post_delete.connect(_remove_directory, sender="experiments.Experiment")
+        post_delete.connect(_remove_growth, sender="experiments.Growth")
         post_delete.connect(_remove_uploads, sender="experiments.Experiment")
         post_delete.connect(_remove_uploads, sender="accounts.User")
 
@@ -33,6 +34,12 @@ def _remove_directory(instance: Any, **_: Any) -> None:
     from experiments.jobs import remove_directories
 
     remove_directories(instance, instance.hosts_used)
+
+
+def _remove_growth(instance: Any, **_: Any) -> None:
+    from experiments.growths import remove_directory
+
+    remove_directory(instance)
 
 
 def _retire_hosts(instance: Any, **_: Any) -> None:

@@ -31,7 +31,8 @@ from accounts.models import User
 from experiments import line, mirror
 from experiments.ingest import ingest, rebuild
 from experiments.line import ring_line
-from experiments.models import ACTIVE, RESUMABLE, Experiment, Host, ModelRun, Reason, Removal, State
+from experiments.models import ACTIVE, RESUMABLE, Experiment, Growth, Host, ModelRun, Reason, Removal, State
+from experiments.templatetags.figures import filesize_short
 from experiments.transport import HostProblem, Status, Transport, for_host
 from trainer.spec import ExperimentSpec
 
@@ -72,7 +73,7 @@ def create(
     host = host or Host.local()
     with transaction.atomic():
         if owner is not None:
-            _check_limits(owner, len(spec.models))
+            check_limits(owner, len(spec.models))
         experiment = Experiment(
             owner=owner,
             name=spec.name,
@@ -134,7 +135,7 @@ def resume(target: Experiment | ModelRun) -> list[ModelRun]:
     resumed = []
     with transaction.atomic():
         if experiment.owner is not None and wanted:
-            _check_limits(experiment.owner, len(wanted))
+            check_limits(experiment.owner, len(wanted))
         for run in wanted.values():
             moved = run.move(
                 State.QUEUED,
@@ -195,25 +196,37 @@ def remove_directories(experiment: Experiment, hosts: Iterable[Host]) -> None:
     transaction.on_commit(remove)
 
 
-def _check_limits(owner: User, more: int) -> None:
+def check_limits(owner: User, more: int, size: int = 0) -> None:
+    """Refuse `owner` so many `more` runs or growths, which will take `size` bytes as far as is known.
+
+    Within the transaction that makes them. Raises :class:`LimitReached`.
+    """
     User.objects.select_for_update().get(pk=owner.pk)  # one submission of a user at a time
     runs = ModelRun.objects.filter(experiment__owner=owner)
-    active, most = runs.active().count(), settings.MAX_ACTIVE_RUNS_PER_USER
+    active = runs.active().count() + Growth.objects.owned_by(owner).active().count()
+    most = settings.MAX_ACTIVE_RUNS_PER_USER
     if most and active + more > most:
         raise LimitReached(
-            f"This would make {active + more} models waiting or training at once; {most} are allowed. "
+            f"This would make {active + more} models waiting, training or growing at once; {most} are allowed. "
             "Wait until some have finished, or stop them."
         )
     free, least = shutil.disk_usage(settings.VAR).free / 1e9, settings.MIN_FREE_DISK_GB
+    if size and free - size / 1e9 < least:
+        raise LimitReached(
+            f"It takes {filesize_short(size)}, and the disk of this site has {free:.1f} GB left, of which {least:g} GB "
+            "stay free. A smaller target would fit; or tell the administrator."
+        )
     if free < least:
         raise LimitReached(
             f"The disk of this site has {free:.1f} GB left; below {least:g} GB nothing new is begun. Delete what is "
             "no longer needed, or tell the administrator."
         )
     used, disk = mirror.bytes_here(owner), settings.MAX_DISK_GB_PER_USER
-    if disk and used >= disk * 10**9:
+    if disk and used + size >= disk * 10**9:
+        with_it = f"With its {filesize_short(size)} your" if size else "Your"
         raise LimitReached(
-            f"Your experiments take {used / 1e9:.1f} GB of disk; {disk} GB are allowed. Delete some of them first."
+            f"{with_it} experiments and growths take {(used + size) / 1e9:.1f} GB of disk; {disk} GB are allowed. "
+            "Delete some of them first."
         )
 
 
@@ -232,7 +245,7 @@ def follow(run_id: int, attempt: int, *, detached: Callable[[], bool] = lambda: 
     process that holds the connection. Returns False if it was `detached` before the end: the training goes on, and
     somebody is to follow it again. Survives a database that is away for a while; needs no broker.
     """
-    return _while_the_database_is_away(lambda: _follow(run_id, attempt, detached), run_id)
+    return while_the_database_is_away(lambda: _follow(run_id, attempt, detached), f"run {run_id}")
 
 
 def collect(run_id: int, attempt: int, *, detached: Callable[[], bool] = lambda: False) -> bool:
@@ -240,16 +253,17 @@ def collect(run_id: int, attempt: int, *, detached: Callable[[], bool] = lambda:
 
     What the host does not say is not concluded: until it answers, the run is running.
     """
-    return _while_the_database_is_away(lambda: _collect(run_id, attempt, detached), run_id)
+    return while_the_database_is_away(lambda: _collect(run_id, attempt, detached), f"run {run_id}")
 
 
-def _while_the_database_is_away(work: Callable[[], bool], run_id: int) -> bool:
+def while_the_database_is_away(work: Callable[[], bool], what: str) -> bool:
+    """Do `work`, and again whenever the database went away meanwhile."""
     wait = 1.0
     while True:
         try:
             return work()
         except (OperationalError, InterfaceError) as error:
-            log.warning("the database does not answer (%s); following run %s again in %.0f s", error, run_id, wait)
+            log.warning("the database does not answer (%s); following %s again in %.0f s", error, what, wait)
             connections.close_all()
             time.sleep(wait)
             wait = min(2 * wait, 30.0)
@@ -448,11 +462,11 @@ def _conclude(run: ModelRun, status: Status) -> None:
         )
         _settle(run, State.CANCELLED, Reason.STOPPED, detail=by_whom)
     else:
-        reason, detail = _why(status)
+        reason, detail = why(status)
         _settle(run, State.FAILED, reason, detail=detail)
 
 
-def _why(status: Status) -> tuple[Reason, str]:
+def why(status: Status) -> tuple[Reason, str]:
     """Why a trainer that ended without a word did so, and what is known of it."""
     ended = status["exit"]
     if ended is None:

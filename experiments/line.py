@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -158,37 +159,55 @@ def ring(runs: Iterable[ModelRun], *, anew: bool = False) -> None:
     try:
         for run in sorted(runs, key=lambda run: (run.queued_at, run.parent_id is not None, run.pk)):
             queue = broker.queue(run.host.queue)
-            if not _has_job(queue, run, anew):
+            if not has_job(queue, run.job_id, anew, deferred=partial(_still_waits, run, queue)):
                 _enqueue(queue, run)
     except (RedisError, OSError) as error:
         log.warning("the broker does not answer (%s); the reconciler will ring again", error)
 
 
 def _enqueue(queue: Queue, run: ModelRun) -> None:
-    options: dict[str, Any] = {
-        "args": (run.pk, run.attempt),
-        "job_id": run.job_id,
-        "description": f"{run.name} of experiment {run.experiment_id}, attempt {run.attempt}",
-        "timeout": -1,
-        "result_ttl": 0,  # a job that has ended leaves nothing in the way of the next with its id
-        "failure_ttl": 24 * 3600,
-        "retry": Retry(max=1000),  # a follower that was killed is followed by the next one at once
-    }
-    if waits_for_parent(run):
-        assert run.parent is not None
-        # The job of a parent on a GPU host ends when that run begins, so it would say nothing: its child is rung for
-        # when the parent has succeeded.
-        if not run.parent.host.is_remote and Job.exists(run.parent.job_id, connection=queue.connection):
-            queue.enqueue_call(FOLLOW, depends_on=run.parent.job_id, **options)
-    else:
-        with contextlib.suppress(DuplicateJobError):  # somebody else rang in the same moment
-            queue.enqueue_call(FOLLOW, unique=True, **options)
+    about = f"{run.name} of experiment {run.experiment_id}, attempt {run.attempt}"
+    if not waits_for_parent(run):
+        enqueue(queue, FOLLOW, run.job_id, (run.pk, run.attempt), about)
+        return
+    assert run.parent is not None
+    # The job of a parent on a GPU host ends when that run begins, so it would say nothing: its child is rung for when
+    # the parent has succeeded.
+    if not run.parent.host.is_remote and Job.exists(run.parent.job_id, connection=queue.connection):
+        enqueue(queue, FOLLOW, run.job_id, (run.pk, run.attempt), about, depends_on=run.parent.job_id)
 
 
-def _has_job(queue: Queue, run: ModelRun, anew: bool) -> bool:
-    """Whether the queue will see to `run` by itself; a job that is stuck is taken out of the way."""
+def _still_waits(run: ModelRun, queue: Queue) -> bool:
+    parent = run.parent.job_id if run.parent else ""
+    return waits_for_parent(run) or Job.exists(parent, connection=queue.connection)
+
+
+def enqueue(
+    queue: Queue, function: str, job_id: str, args: tuple[Any, ...], description: str, depends_on: str = ""
+) -> None:
+    """A job that follows a process for as long as it takes: it holds nothing, so it may be killed and doubled."""
+    options: dict[str, Any] = {"depends_on": depends_on} if depends_on else {"unique": True}
+    with contextlib.suppress(DuplicateJobError):  # somebody else rang in the same moment
+        queue.enqueue_call(
+            function,
+            args=args,
+            job_id=job_id,
+            description=description,
+            timeout=-1,
+            result_ttl=0,  # a job that has ended leaves nothing in the way of the next with its id
+            failure_ttl=24 * 3600,
+            retry=Retry(max=1000),  # a follower that was killed is followed by the next one at once
+            **options,
+        )
+
+
+def has_job(queue: Queue, job_id: str, anew: bool, deferred: Callable[[], bool] = lambda: False) -> bool:
+    """Whether the queue will see to it by itself; a job that is stuck is taken out of the way.
+
+    `anew`: whatever the queue believes of a job that it has begun. `deferred`: whether one may still wait for another.
+    """
     try:
-        job = Job.fetch(run.job_id, connection=queue.connection)
+        job = Job.fetch(job_id, connection=queue.connection)
     except NoSuchJobError:
         return False
     match job.get_status():
@@ -198,8 +217,7 @@ def _has_job(queue: Queue, run: ModelRun, anew: bool) -> bool:
         case JobStatus.STARTED:
             good = not anew and job.id in queue.started_job_registry.get_job_ids(cleanup=False)
         case JobStatus.DEFERRED:
-            parent = run.parent.job_id if run.parent else ""
-            good = waits_for_parent(run) or Job.exists(parent, connection=queue.connection)
+            good = deferred()
         case JobStatus.SCHEDULED | JobStatus.READY_TO_ENQUEUE:
             good = not anew
         case _:
@@ -211,9 +229,14 @@ def _has_job(queue: Queue, run: ModelRun, anew: bool) -> bool:
 
 def forget(run: ModelRun) -> None:
     """Take a run's job out of the queue. Left there it would do nothing, but would be in sight."""
+    take_out(run.host.queue, run.job_id)
+
+
+def take_out(queue_name: str, job_id: str) -> None:
+    """Take out of its queue a job that has not begun."""
     try:
-        queue = broker.queue(run.host.queue)
-        job = Job.fetch(run.job_id, connection=queue.connection)
+        queue = broker.queue(queue_name)
+        job = Job.fetch(job_id, connection=queue.connection)
         if job.get_status() != JobStatus.STARTED:
             broker.delete(job)
     except NoSuchJobError:

@@ -22,7 +22,7 @@ from django.db.models import Sum
 from django.utils import timezone
 
 from accounts.models import User
-from experiments.models import Experiment, Host, ModelRun, Transfer
+from experiments.models import Experiment, Growth, Host, ModelRun, Transfer
 from experiments.transport import File, Transport, for_host
 
 #: Bytes asked for at once.
@@ -126,13 +126,14 @@ def _clear_unlisted(incoming: Path, listed: set[str]) -> None:
 
 
 def bytes_here(owner: User) -> int:
-    """What the experiments of `owner` take on this machine's disk. What is on a host's disk is its owner's affair."""
+    """What the experiments and growths of `owner` take on this machine's disk; a host's is its owner's affair."""
     runs = ModelRun.objects.filter(experiment__owner=owner)
     away = runs.filter(host__kind=Host.Kind.SSH)
     used = [
         runs.exclude(host__kind=Host.Kind.SSH).aggregate(bytes=Sum("disk_bytes")),
         away.aggregate(bytes=Sum("offset")),
         Transfer.objects.filter(run__in=away).aggregate(bytes=Sum("bytes_done")),
+        Growth.objects.owned_by(owner).aggregate(bytes=Sum("disk_bytes")),
     ]
     return sum(each["bytes"] or 0 for each in used)
 

@@ -1,7 +1,7 @@
 """Which text and which checkpoints a user may name, and where the files that they send are kept.
 
 A name is a Hub name or a path. A path must lie, symbolic links followed, in a folder that the operator opened to all
-users (LOCAL_DATA_DIRS), among the user's own uploads, or in the run directories of an experiment that the user may see.
+users (LOCAL_DATA_DIRS), among the user's own uploads, or in the folder of an experiment or growth that they may see.
 Everything here raises :class:`django.core.exceptions.ValidationError` that says what would be right; the form puts
 the field and the value before it.
 """
@@ -29,7 +29,7 @@ from django.core.files.uploadedfile import UploadedFile
 from django.db import transaction
 
 from accounts.models import User
-from experiments.models import Experiment
+from experiments.models import Experiment, Growth
 from trainer.spec import is_path
 
 TEXT_SUFFIXES = (".txt", ".md", ".jsonl", ".csv", ".parquet")
@@ -111,21 +111,24 @@ def _may_read(path: Path, user: Any) -> bool:
     """`path` is resolved. Kangaroo's own files are opened one owner at a time, even inside an opened folder."""
     # An operator may have put these on another disk, with a link in their place.
     uploads, runs, var = settings.UPLOADS_DIR.resolve(), settings.RUNS_DIR.resolve(), settings.VAR.resolve()
+    growths = settings.GROWTHS_DIR.resolve()
     if path.is_relative_to(uploads):
         return may_use_upload(str(path.relative_to(uploads)), user)
     if path.is_relative_to(runs):
-        return _sees_run(path.relative_to(runs), user)
-    if path.is_relative_to(var) or any(kept.is_relative_to(path) for kept in (var, uploads, runs)):
+        return _sees(Experiment, path.relative_to(runs), user)
+    if path.is_relative_to(growths):
+        return _sees(Growth, path.relative_to(growths), user)
+    if path.is_relative_to(var) or any(kept.is_relative_to(path) for kept in (var, uploads, runs, growths)):
         return False
     return any(path.is_relative_to(folder) for folder in settings.LOCAL_DATA_DIRS)
 
 
-def _sees_run(relative: Path, user: Any) -> bool:
+def _sees(kind: type[Experiment | Growth], relative: Path, user: Any) -> bool:
     try:
         pk = UUID(relative.parts[0])
     except (IndexError, ValueError):
         return False
-    return bool(Experiment.objects.visible_to(user).filter(pk=pk).exists())
+    return bool(kind.objects.visible_to(user).filter(pk=pk).exists())
 
 
 # Uploads --------------------------------------------------------------------------------------------------------------

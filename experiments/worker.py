@@ -33,7 +33,7 @@ from rq import Worker as RqWorker
 from rq.executions import Execution
 from rq.job import Job
 
-from experiments import broker, jobs
+from experiments import broker, growths, jobs
 
 _detached = False
 
@@ -45,6 +45,18 @@ def follow(run_id: int, attempt: int) -> Retry | None:
         ended = jobs.follow(run_id, attempt, detached=lambda: _detached)
     except Exception:
         time.sleep(2)  # RQ tries again at once: what fails every time must not do so a thousand times a second
+        raise
+    _take_leave()
+    return None if ended else Retry(max=10**6)
+
+
+def grow(pk: str, attempt: int) -> Retry | None:
+    """As :func:`follow`, of a checkpoint that is grown by itself."""
+    connections.close_all()
+    try:
+        ended = growths.follow(pk, attempt, detached=lambda: _detached)
+    except Exception:
+        time.sleep(2)
         raise
     _take_leave()
     return None if ended else Retry(max=10**6)

@@ -255,6 +255,8 @@ STORAGES = {
 # Training -------------------------------------------------------------------------------------------------------------
 #: Run directories: RUNS_DIR / experiment id / model name.
 RUNS_DIR = VAR / "experiments"
+#: Checkpoints grown by themselves: GROWTHS_DIR / growth id / model.
+GROWTHS_DIR = VAR / "growths"
 #: Tokenised corpora, shared by all runs.
 DATA_CACHE = VAR / "data"
 #: Those that no run has used for so many days are removed, and prepared again when they are wanted. 0: never.

@@ -1,5 +1,7 @@
-"""The rows: `hosts` (machines, their credentials and host keys), `runs` (experiments, model runs, curves)."""
+"""The rows: `hosts` (machines, their credentials and host keys), `runs` (experiments, model runs, curves), `growths`
+(checkpoints grown by themselves)."""
 
+from experiments.models.growths import Growth
 from experiments.models.hosts import Host, HostKeyPin, HostTask
 from experiments.models.runs import (
     ACTIVE,
@@ -20,6 +22,7 @@ __all__ = [
     "RESUMABLE",
     "TRANSITIONS",
     "Experiment",
+    "Growth",
     "Host",
     "HostKeyPin",
     "HostTask",

@@ -52,6 +52,7 @@ class Reason(models.TextChoices):
     STARTING = "starting", "starting"
     PREPARING = "preparing", "preparing data"
     TRAINING = "training", "training"
+    GROWING = "growing", "growing"
     STOPPING = "stopping", "writing a checkpoint, then stopping"
     FINISHED = "finished", "finished"
     STOPPED = "stopped", "stopped on request"
@@ -64,6 +65,18 @@ class Reason(models.TextChoices):
     BAD_CHECKPOINT = "bad_checkpoint", "the checkpoint could not be used"
     LOST = "lost", "the host has no record of the process"
     ERROR = "error", "the trainer ended with an error"
+
+
+def move(row: Any, to: State, reason: Reason, *, detail: str = "", **fields: Any) -> bool:
+    """:meth:`ModelRun.move`, of any row that has a state, a reason, a detail and an attempt."""
+    if to not in TRANSITIONS[row.state]:
+        raise ValueError(f"a run that is {row.state} cannot become {to}")
+    changes = {"state": to, "reason": reason, "detail": detail, **fields}
+    moved = type(row).objects.filter(pk=row.pk, state=row.state, attempt=row.attempt).update(**changes)
+    if moved:
+        for field, value in changes.items():
+            setattr(row, field, value)
+    return bool(moved)
 
 
 class ExperimentQuerySet(models.QuerySet["Experiment"]):
@@ -212,14 +225,7 @@ class ModelRun(models.Model):
 
         Raises ValueError for a change that is not in TRANSITIONS.
         """
-        if to not in TRANSITIONS[self.state]:
-            raise ValueError(f"a run that is {self.state} cannot become {to}")
-        changes = {"state": to, "reason": reason, "detail": detail, **fields}
-        moved = ModelRun.objects.filter(pk=self.pk, state=self.state, attempt=self.attempt).update(**changes)
-        if moved:
-            for field, value in changes.items():
-                setattr(self, field, value)
-        return bool(moved)
+        return move(self, to, reason, detail=detail, **fields)
 
 
 class Point(models.Model):

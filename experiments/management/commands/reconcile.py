@@ -5,13 +5,13 @@ from typing import Any
 from django.core.management.base import BaseCommand, CommandParser
 from django.db import Error, connections
 
-from experiments import jobs
+from experiments import growths, jobs
 
 log = logging.getLogger(__name__)
 
 
 class Command(BaseCommand):
-    help = "Ring for every run that is wanted and has nobody to follow it. Once, or with --every, again and again."
+    help = "Ring for all that is wanted and has nobody to follow it. Once, or with --every, again and again."
     requires_system_checks = []  # it serves no pages; `up` has checked
 
     def add_arguments(self, parser: CommandParser) -> None:
@@ -22,6 +22,7 @@ class Command(BaseCommand):
         while True:
             try:
                 jobs.reconcile()
+                growths.reconcile()
             except (Error, OSError):
                 if not every:
                     raise
