@@ -320,7 +320,8 @@ def trainer_loop(model: Any, rows: Tensor, batch: int, bf16: bool, scratch: Path
 
 def kangaroo_loop(model: Any, task: trainer.train.Task) -> Iterator[float]:
     trainer.train.FLUSH_SECONDS = 0.0  # an event each step, instead of a second's together: no cheaper
-    events = trainer.train.train(model, task, trainer.train.State(), lambda: False)
+    optimizer = trainer.train.make_optimizer(model, task.settings)
+    events = trainer.train.train(model, optimizer, task, trainer.train.State(), lambda: False)
     while True:
         torch.set_float32_matmul_precision("high")  # as trainer.run does; the other loops' is torch's default
         event = next(event for event in events if event["kind"] == "train")

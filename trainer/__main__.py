@@ -286,15 +286,13 @@ def _plan(given: argparse.Namespace) -> int:
 
 
 def _plain(budget: Any) -> dict[str, Any]:
-    """A budget as JSON; of its growth what a reader wants, not the maps."""
-    held = {key: value for key, value in vars(budget).items() if key not in ("growth", "problem")}
-    growth = budget.growth
+    """A budget as JSON; of its growths what a reader wants, not the maps."""
+    held = {key: value for key, value in vars(budget).items() if key not in ("growths", "problem")}
     held["problem"] = budget.problem and str(budget.problem)
-    held["growth"] = growth and {
-        "preserves": growth.preserves,
-        "because": growth.because,
-        "warnings": list(growth.warnings),
-    }
+    held["growths"] = [
+        {"preserves": growth.preserves, "because": growth.because, "warnings": list(growth.warnings)}
+        for growth in budget.growths
+    ]
     return held
 
 

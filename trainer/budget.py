@@ -5,13 +5,14 @@ Everything is summed from the family's parameter table, so a new family is count
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from trainer.families import Family, FamilyError, get_family, read_config
+from trainer.families import Described, Family, FamilyError, get_family, read_config
 from trainer.growth import GrowthError, GrowthPlan, plan
 from trainer.shape import CheckpointInit, GrowInit, Shape
 from trainer.spec import ExperimentSpec, ModelSpec, Problem, TrainSpec
@@ -47,8 +48,13 @@ class ModelBudget:
     flops: float | None
     memory_bytes: int | None
     seconds: float | None
-    growth: GrowthPlan | None
+    growths: tuple[GrowthPlan, ...]  # in their order; () where the model is not grown, or it is not known
     problem: Problem | None = None  # only a checkpoint that could not be looked at when the spec was checked
+
+    @property
+    def growth(self) -> GrowthPlan | None:
+        """The first: from the parent."""
+        return self.growths[0] if self.growths else None
 
 
 def sheet(
@@ -143,6 +149,33 @@ def training_steps(train: TrainSpec, train_tokens: int | None) -> int | None:
     return min(ends, default=None)
 
 
+class Stage(NamedTuple):
+    """The steps that a model is trained at one shape: those after `begin` up to `end`."""
+
+    shape: Shape | None  # None: a checkpoint's, before it has been read
+    begin: int
+    end: int
+
+
+def stages(model: ModelSpec, total_steps: int) -> list[Stage]:
+    """The sizes that a model goes through on its ladder, the last its own; one where it does not grow on the way."""
+    rungs = model.init.ladder if isinstance(model.init, GrowInit) else ()
+    found, begin = list[Stage](), 0
+    for rung in rungs:
+        found.append(Stage(rung.shape, begin, begin + rung.steps))
+        begin += rung.steps
+    return [*found, Stage(model.shape, begin, total_steps)]
+
+
+def mean_flops_per_token(family: str, sizes: Sequence[Described], stages: Sequence[Stage], n_ctx: int) -> float:
+    """FLOPs of training on one token, the mean over all steps of stages with these sizes."""
+    each = [flops_per_token(family, size.shape, n_ctx, size.d_vocab, size.tied) for size in sizes]
+    steps = [stage.end - stage.begin for stage in stages]
+    if len(each) == 1 or not sum(steps):
+        return each[-1]
+    return sum(flops * n for flops, n in zip(each, steps, strict=True)) / sum(steps)
+
+
 class _Known(NamedTuple):
     """What can be said of a model now: a spec leaves the shape to a checkpoint, and the vocabulary to a tokenizer."""
 
@@ -153,18 +186,21 @@ class _Known(NamedTuple):
 
 
 def _known(spec: ExperimentSpec, model: ModelSpec) -> _Known:
-    root = model
-    while isinstance(root.init, GrowInit):
-        root = spec.models[root.init.parent]
-    stated = _Known(model.shape, spec.train.n_ctx, spec.data.tokenizer.d_vocab, model.tie_embeddings)
-    if not isinstance(root.init, CheckpointInit):
-        return stated
-    try:
-        config = read_config(_checkpoint_folder(root.init.path))
-        shape, n_positions, d_vocab, tied = get_family(model.family).shape_of(config)
-    except FamilyError:
-        return stated
-    return _Known(shape if root is model else model.shape, n_positions, d_vocab, tied)
+    line = [model]
+    while isinstance(line[-1].init, GrowInit):
+        line.append(spec.models[line[-1].init.parent])
+    root = line[-1]
+    n_positions, d_vocab, tied = spec.train.n_ctx, spec.data.tokenizer.d_vocab, model.tie_embeddings
+    shape = model.shape
+    if isinstance(root.init, CheckpointInit):
+        with contextlib.suppress(FamilyError):
+            config = read_config(_checkpoint_folder(root.init.path))
+            found, n_positions, d_vocab, tied = get_family(model.family).shape_of(config)
+            shape = found if root is model else model.shape
+    for each in reversed(line):
+        if isinstance(each.init, GrowInit):
+            n_positions, d_vocab = each.init.n_positions or n_positions, each.init.d_vocab or d_vocab
+    return _Known(shape, n_positions, d_vocab, tied)
 
 
 def _checkpoint_folder(path: str) -> Path:
@@ -187,17 +223,25 @@ def _budget(
     flops_per_second: float | None,
     train_tokens: int | None,
 ) -> ModelBudget:
-    family, train = spec.models[name].family, spec.train_of(name)
-    shape, n_positions, d_vocab, tied = known[name]
+    model, train = spec.models[name], spec.train_of(name)
     steps = training_steps(train, train_tokens)
     tokens = None if steps is None else steps * train.tokens_per_step
+    growths, problem = _growths(spec, name, known)
     counted = per_token = memory = None
+    shape, n_positions, d_vocab, tied = known[name]
     if shape is not None and d_vocab is not None:
-        counted = parameters(family, shape, n_positions, d_vocab, tied)
-        per_token = flops_per_token(family, shape, train.n_ctx, d_vocab, tied)
-        memory = memory_bytes(family, shape, train, n_positions, d_vocab, tied)
+        counted = parameters(model.family, shape, n_positions, d_vocab, tied)
+        memory = memory_bytes(model.family, shape, train, n_positions, d_vocab, tied)
+        on_the_way = stages(model, steps or 0)
+        sizes = [Described(stage.shape or shape, n_positions, d_vocab, tied) for stage in on_the_way]
+        if len(on_the_way) == 1 or steps is not None:
+            per_token = mean_flops_per_token(model.family, sizes, on_the_way, train.n_ctx)
     flops = per_token * tokens if per_token is not None and tokens is not None else None
-    growth, problem = _growth(spec, name, known)
+    if isinstance(model.init, GrowInit) and model.init.learn_steps and counted is not None:
+        learning = [_learning(growth, model.init, train) for growth in growths]
+        known_to_cost = flops is not None and len(learning) == len(model.init.ladder) + 1
+        flops = (flops or 0.0) + sum(each.flops for each in learning) if known_to_cost else None
+        memory = max([memory or 0, *(each.memory_bytes for each in learning)])
     return ModelBudget(
         name=name,
         parameters=counted and counted.total,
@@ -208,20 +252,57 @@ def _budget(
         flops=flops,
         memory_bytes=memory,
         seconds=flops / flops_per_second if flops is not None and flops_per_second else None,
-        growth=growth,
+        growths=growths,
         problem=problem,
     )
 
 
-def _growth(spec: ExperimentSpec, name: str, known: Mapping[str, _Known]) -> tuple[GrowthPlan | None, Problem | None]:
-    init = spec.models[name].init
-    if not isinstance(init, GrowInit):
-        return None, None
-    parent, child = known[init.parent], known[name]
-    if parent.shape is None or child.shape is None:
-        return None, None
-    sizes: dict[str, Any] = {"n_positions": parent.n_positions, "d_vocab": parent.d_vocab or 1, "tied": parent.tied}
-    try:
-        return plan(spec.models[name].family, parent.shape, child.shape, init, **sizes), None
-    except GrowthError as error:
-        return None, Problem(f"models.{name}.{error.field}", error.value, error.message)
+def _growths(
+    spec: ExperimentSpec, name: str, known: Mapping[str, _Known]
+) -> tuple[tuple[GrowthPlan, ...], Problem | None]:
+    model = spec.models[name]
+    if not isinstance(model.init, GrowInit):
+        return (), None
+    shape, n_positions, d_vocab, tied = known[model.init.parent]
+    d_vocab, found = d_vocab or 1, list[GrowthPlan]()
+    if shape is None:
+        return (), None
+    for stage in stages(model, 0):
+        assert stage.shape is not None
+        # A vocabulary that is not known has no part in what a plan says.
+        init = model.init if d_vocab > 1 else model.init.model_copy(update={"d_vocab": None})
+        try:
+            made = plan(model.family, shape, stage.shape, init, n_positions=n_positions, d_vocab=d_vocab, tied=tied)
+        except GrowthError as error:
+            return (), Problem(f"models.{name}.{error.field}", error.value, error.message)
+        shape, n_positions, d_vocab = stage.shape, made.child_positions, made.child_vocab
+        found.append(made)
+    return tuple(found), None
+
+
+class _Learning(NamedTuple):
+    flops: float
+    memory_bytes: int
+
+
+def _learning(growth: GrowthPlan, init: GrowInit, train: TrainSpec) -> _Learning:
+    """What it costs to train the maps of one growth.
+
+    Memory: training the child, for all its activations and gradients, and beside it the parent's weights, the child as
+    the plan made it and as the maps did, and the maps with their gradients and moments.
+    """
+    from trainer.growth import learned  # which counts by this module
+
+    small, large = (
+        parameters(growth.family, shape, n_positions, d_vocab, growth.tied).total
+        for shape, n_positions, d_vocab in (
+            (growth.parent, growth.n_positions, growth.d_vocab),
+            (growth.child, growth.child_positions, growth.child_vocab),
+        )
+    )
+    maps = sum(2 * m.small * m.large for axis, m in growth.maps.items() if learned.mixes(growth, axis))
+    training = memory_bytes(growth.family, growth.child, train, growth.child_positions, growth.child_vocab, growth.tied)
+    return _Learning(
+        learned.flops(growth, init.learn_steps, train.tokens_per_step, train.n_ctx),
+        training + round(MEMORY_MARGIN * (4 * small + 4 * large + 16 * maps)),
+    )

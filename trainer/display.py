@@ -203,13 +203,17 @@ def plan_table(budgets: Mapping[str, ModelBudget]) -> str:
             )
         )
     grown = [
-        f"{name} {'keeps' if b.growth.preserves else 'does not keep'} what its parent computes. {b.growth.because}"
-        + "".join(f"\n  {warning}" for warning in b.growth.warnings)
+        f"{name}{_growth_of(i, len(b.growths))} {'keeps' if growth.preserves else 'does not keep'} what its parent "
+        f"computes. {growth.because}" + "".join(f"\n  {warning}" for warning in growth.warnings)
         for name, b in budgets.items()
-        if b.growth is not None
+        for i, growth in enumerate(b.growths, start=1)
     ]
     wrong = [f"{budget.problem}" for budget in budgets.values() if budget.problem is not None]
     return "\n".join([table(rows), *([""] if grown or wrong else []), *grown, *wrong])
+
+
+def _growth_of(number: int, count: int) -> str:
+    return f", growth {number} of {count}," if count > 1 else ""
 
 
 def _figure(n: float | None, form: str) -> str:

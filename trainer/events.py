@@ -4,8 +4,10 @@
 since the run's first step, so a resumed run continues them and a step that is trained again repeats the same values.
 Reading a line twice must change nothing. Imports no torch.
 
-    started -> preparing* -> prepared -> grown? -> (train | eval | sample | checkpoint | warning)* -> finished
-                                                                                                   |  failed | stopped
+    started -> preparing* -> prepared -> (grown | train | eval | sample | checkpoint | warning)* -> finished
+                                                                                                  |  failed | stopped
+
+A model that is grown before its first step says so at step 0; one that grows on the way, once for each growth.
 """
 
 from __future__ import annotations
@@ -56,7 +58,11 @@ class Preparing(_Event):
 
 
 class Prepared(_Event):
-    """Data and model stand; training is about to begin (or to go on from `resumed_from`)."""
+    """Data and model stand; training is about to begin (or to go on from `resumed_from`).
+
+    Of a model that grows on the way, parameters and d_vocab are those that it will have at its end, and flops_per_token
+    is the mean over all steps. What it has on the way, its `grown` events say.
+    """
 
     kind: Literal["prepared"] = "prepared"
     parameters: int
@@ -81,11 +87,45 @@ class Prepared(_Event):
     versions: dict[str, str]
 
 
+class _Part(BaseModel):
+    """A part of an event."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, ser_json_inf_nan="null")
+
+
+class Measure(_Part):
+    """How far the copies on one axis have parted, of one block or (`layer` None) of the model; see trainer.symmetry."""
+
+    axis: str
+    layer: int | None
+    width: int
+    effective_width: int
+    least_width: int  # the effective width if all copies were equal
+    distance: float | None  # mean over pairs of copies, relative to what is copied
+    least_distance: float | None
+
+
+class Learned(_Part):
+    """What it took to train the maps of a growth (LiGO), before they were applied; counted in the run's totals."""
+
+    steps: int
+    tokens: int  # seen for it, from the training split; not in the run's totals, which count steps of training
+    loss_before: float | None  # of the first step's batch, and of the last's
+    loss_after: float | None
+    flops: float
+    seconds: float
+    peak_memory_bytes: int
+
+
 class Grown(_Event):
-    """What growth did, measured on the same held-out tokens before (parent) and after (child), no step taken."""
+    """What growth did, measured on the same held-out tokens before (parent) and after (child), no step taken between.
+
+    Over the parent's vocabulary, where the child has a larger one.
+    """
 
     kind: Literal["grown"] = "grown"
-    parent: str
+    step: int = 0  # that it came after
+    parent: str  # the model's own name where it grew on the way
     width: str
     depth: str
     preserves: bool  # what the plan promises for these shapes
@@ -97,6 +137,11 @@ class Grown(_Event):
     n_tokens: int
     seconds: float
     new_parameters: int
+    parameters: int | None = None  # in all, from here on
+    optimizer: Literal["fresh", "grown"] | None = None  # AdamW's state
+    learned: Learned | None = None
+    lineage: dict[str, Any] | None = None  # trainer.growth.lineage: where every tensor comes from
+    symmetry: list[Measure] | None = None
 
 
 class Train(_Progress):
@@ -118,6 +163,7 @@ class Eval(_Progress):
     accuracy: float  # of the next token, 0 to 1
     n_tokens: int
     eval_seconds: float
+    symmetry: list[Measure] | None = None  # of a grown model's copies, on the validation split
 
 
 class Checkpoint(_Event):

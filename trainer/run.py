@@ -7,7 +7,8 @@ The run directory is the truth about a run; everything else, the web site too, r
     checkpoints/step-000400  Hugging Face folders with the optimizer's state beside the weights
     model/                   the finished model; where it stands, the run is done
 
-A model that is grown finds its parent's in ../PARENT/model.
+A model that is grown finds its parent's in ../PARENT/model. One that grows on the way is trained in stages, a size
+each.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ import os
 import platform
 import queue
 import resource
-import shutil
 import socket
 import sys
 import threading
@@ -37,14 +37,11 @@ from pydantic import TypeAdapter
 
 from trainer import __version__, budget
 from trainer.data import TEXT_FILES, Prepared, default_cache, prepare
-from trainer.endings import CheckpointError, DataError, Diverged, StopRequested, ending
+from trainer.endings import DataError, Diverged, StopRequested, ending
 from trainer.events import Event, Failed, Finished
-from trainer.families import Described, FamilyError, build_model, get_family, read_config
-from trainer.growth import GrowthError, plan
-from trainer.growth.apply import SourceError, grow_checkpoint
 from trainer.processes import Processes, here, is_lost
-from trainer.shape import CheckpointInit, GrowInit, RandomInit
-from trainer.spec import DataSpec, ExperimentSpec, SpecError, TrainSpec, for_transformers, load_spec
+from trainer.shape import GrowInit
+from trainer.spec import DataSpec, ExperimentSpec, SpecError, TrainSpec, load_spec
 
 if TYPE_CHECKING:
     import torch
@@ -54,8 +51,6 @@ Fields = dict[str, Any]
 
 #: The test split is measured on at most this many times `eval_tokens`.
 TEST_TIMES = 4
-#: Growth is measured on at most this many held-out tokens, in float32.
-GROWTH_TOKENS = 16_384
 
 _EVENT: TypeAdapter[Any] = TypeAdapter(Event)
 
@@ -195,7 +190,7 @@ def _story(
     import torch
     from transformers.utils import logging
 
-    from trainer import attention, evaluate, train
+    from trainer import evaluate, models, train
 
     logging.disable_progress_bar()  # it would draw one for each file it writes
     torch.set_num_threads(threads or torch.get_num_threads())
@@ -206,34 +201,35 @@ def _story(
     _check_lengths(settings, prepared)
     total_steps = budget.training_steps(settings, prepared.train.n_tokens)
     assert total_steps is not None
+    stages = budget.stages(spec.models[name], total_steps)
+    _check_stages(name, stages, total_steps)
     validation = evaluate.windows(prepared.validation.array(), settings.n_ctx, settings.eval_tokens)
     test = evaluate.windows(prepared.test.array(), settings.n_ctx, TEST_TIMES * settings.eval_tokens)
+    makes = models.Maker(spec, name, directory, prepared, device, processes)
 
     identity = {"the text": prepared.fingerprint, "the number of steps": total_steps, "the seed": settings.seed}
     resumed = train.checkpoints(directory)[-1:]
     if resumed:
-        state, precision = train.load_state(resumed[0], identity)
-        model = load_model(resumed[0], device)
+        state, precision, record = train.load_state(resumed[0], identity)
+        made = makes.resumed(resumed[0], stages[state.stage].shape, state.stage, record)
     else:
         yield {"kind": "preparing", "what": "making the first weights"}
         state = train.State()
         widest = max((m.shape.d_model for m in spec.models.values() if m.shape), default=768)
         precision = train.choose_precision(settings.precision, widest, device) if processes.first else ""
         precision = processes.from_first("the precision", precision, stop)
-        model, grown = _first_weights(spec, name, directory, prepared, device, processes)
-    _check_model(model, prepared, settings)
-    attention.use_in(model)
-    family, described = spec.models[name].family, _describe(spec, name, model)
-    size = budget.parameters(family, *described)
-    flops_per_token = budget.flops_per_token(family, described.shape, settings.n_ctx, described.d_vocab, described.tied)
+        made = makes.first(stages[0].shape, precision)
+        state = made.charged_to(state)
 
-    setup_seconds = time.perf_counter() - began
+    setup_seconds = time.perf_counter() - began - made.learning_seconds
     state = replace(state, setup_seconds=state.setup_seconds + setup_seconds)
+    sizes = [makes.sizes(made, stage.shape) for stage in stages]
+    size = budget.parameters(spec.models[name].family, *sizes[-1])
     yield {
         "kind": "prepared",
         "parameters": size.total,
         "non_embedding_parameters": size.non_embedding,
-        "d_vocab": model.config.vocab_size,
+        "d_vocab": sizes[-1].d_vocab,
         "train_tokens": prepared.train.n_tokens,
         "validation_tokens": prepared.validation.n_tokens,
         "test_tokens": prepared.test.n_tokens,
@@ -241,7 +237,7 @@ def _story(
         "data_fingerprint": prepared.fingerprint,
         "total_steps": total_steps,
         "tokens_per_step": settings.tokens_per_step,
-        "flops_per_token": flops_per_token,
+        "flops_per_token": budget.mean_flops_per_token(spec.models[name].family, sizes, stages, settings.n_ctx),
         "device": device.type,
         "device_name": _device_name(device, processes),
         "processes": processes.count,
@@ -254,53 +250,60 @@ def _story(
             package: _version(package) for package in ("torch", "transformers", "tokenizers", "safetensors", "numpy")
         },
     }
-    if not resumed and grown is not None:
-        yield {"kind": "grown", **grown}
 
-    task = train.Task(
-        settings=settings,
-        directory=directory,
-        tokenizer=prepared.tokenizer,
-        tokens=tokens,
-        held_out=validation,
-        bytes_per_token=prepared.validation.bytes_per_token,
-        batch_seed=spec.train.seed,
-        total_steps=total_steps,
-        flops_per_token=flops_per_token,
-        precision=precision,
-        identity=identity,
-        processes=processes,
-    )
-    last = state.progress()
-    eval_seconds = state.eval_seconds
-    for fields in train.train(model, task, state, stop):
-        last.update((key, fields[key]) for key in last if key in fields)
-        eval_seconds += fields.get("eval_seconds", 0.0)
-        yield fields
+    while True:
+        if made.grown:
+            yield {"kind": "grown", "step": state.step, **made.grown}
+        last = state.stage == len(stages) - 1
+        task = train.Task(
+            settings=settings,
+            directory=directory,
+            tokenizer=prepared.tokenizer,
+            tokens=tokens,
+            held_out=validation,
+            bytes_per_token=prepared.validation.bytes_per_token,
+            batch_seed=spec.train.seed,
+            total_steps=total_steps,
+            flops_per_token=made.flops_per_token,
+            precision=precision,
+            identity=identity,
+            processes=processes,
+            stage_end=None if last else stages[state.stage].end,
+            growth=made.record,
+        )
+        state = yield from train.train(made.model, made.optimizer, task, state, stop)
+        if last:
+            break
+        began, source = time.perf_counter(), directory / train.checkpoint_path(state.step)
+        del made  # both sizes will be there when the growth is measured: a third copy would be too many
+        following = stages[state.stage + 1].shape
+        assert following is not None
+        made = makes.next(source, following, state.stage + 1, precision)
+        seconds = state.setup_seconds + time.perf_counter() - began - made.learning_seconds
+        state = made.charged_to(replace(state, stage=state.stage + 1, stage_step=state.step, setup_seconds=seconds))
 
     start = time.perf_counter()
     figures = evaluate.evaluate(
-        model, test, precision=precision, bytes_per_token=prepared.test.bytes_per_token, processes=processes
+        made.model, test, precision=precision, bytes_per_token=prepared.test.bytes_per_token, processes=processes
     )
     if not math.isfinite(figures["cross_entropy"]):
-        raise Diverged(last["step"], "The test loss")
+        raise Diverged(state.step, "The test loss")
     seconds = time.perf_counter() - start
-    eval_seconds += seconds
-    yield {"kind": "eval", "split": "test", **last, **figures, "eval_seconds": seconds}
+    yield {"kind": "eval", "split": "test", **state.progress(), **figures, "eval_seconds": seconds}
 
     if not processes.first:
         return
     tokenizer = _tokenizer(prepared)
-    for sample in evaluate.samples(model, tokenizer, test, prepared.end_of_text):
-        yield {"kind": "sample", "step": last["step"], **sample}
-    train.save_model(model, prepared.tokenizer, directory / "model")
+    for sample in evaluate.samples(made.model, tokenizer, test, prepared.end_of_text):
+        yield {"kind": "sample", "step": state.step, **sample}
+    models.save(made, prepared.tokenizer, directory / "model", with_optimizer=_optimizer_is_wanted(spec, name))
     yield {
         "kind": "finished",
-        **last,
-        "eval_seconds": eval_seconds,
+        **state.progress(),
+        "eval_seconds": state.eval_seconds + seconds,
         "setup_seconds": state.setup_seconds,
-        "tokens_per_second": last["tokens"] / last["train_seconds"] if last["train_seconds"] else 0.0,
-        "peak_memory_bytes": _peak_memory(device),
+        "tokens_per_second": state.tokens / state.train_seconds if state.train_seconds else 0.0,
+        "peak_memory_bytes": max(_peak_memory(device), state.peak_bytes),
     }
 
 
@@ -392,182 +395,18 @@ def _check_lengths(settings: TrainSpec, prepared: Prepared) -> None:
             raise DataError(f"The split {split.path.stem} has {split.n_tokens} token; at least 2 are needed.")
 
 
-def _first_weights(
-    spec: ExperimentSpec, name: str, directory: Path, prepared: Prepared, device: torch.device, processes: Processes
-) -> tuple[Any, Fields | None]:
-    """The model before its first step, and what growth did if it was grown here."""
-    model = spec.models[name]
-    if isinstance(model.init, GrowInit):
-        return _grown(spec, name, directory, prepared, device, processes)
-    if isinstance(model.init, CheckpointInit):
-        try:
-            source = for_transformers(model.init.path)
-        except ValueError as error:
-            raise CheckpointError(f"{model.init.path} cannot be loaded: {error}") from error
-        if not processes.first:
-            processes.wait()  # until the first has it: it may have to be fetched
-        loaded = load_model(source, device)
-        if processes.first:
-            processes.wait()
-        return loaded, None
-    assert model.shape is not None
-    return _fresh(spec, name, prepared).to(device), None
-
-
-def _fresh(spec: ExperimentSpec, name: str, prepared: Prepared) -> Any:
-    """New weights: matrices from N(0, init_range), biases zero, gains one.
-
-    All matrices alike: GPT-2's usual smaller range for the matrices that write to the residual stream (Radford et al.
-    2019) is not used, in either family.
-    """
-    import torch
-
-    model, settings = spec.models[name], spec.train_of(name)
-    assert model.shape is not None
-    assert isinstance(model.init, RandomInit)
-    config = get_family(model.family).config(
-        model.shape,
-        settings.n_ctx,
-        _d_vocab(spec, prepared),
-        model.tie_embeddings,
-        init_range=model.init.init_range,
-        bos_token_id=prepared.end_of_text,
-        eos_token_id=prepared.end_of_text,
-        pad_token_id=prepared.end_of_text,
-    )
-    made = build_model(config)
-    generator = torch.Generator().manual_seed(settings.seed)
-    with torch.no_grad():
-        for path, parameter in made.named_parameters():
-            if parameter.dim() >= 2:
-                parameter.normal_(0.0, model.init.init_range, generator=generator)
-            else:
-                parameter.fill_(0.0 if path.endswith("bias") else 1.0)
-    return made
-
-
-def _d_vocab(spec: ExperimentSpec, prepared: Prepared) -> int:
-    """The spec's vocabulary size where it gives one: what the plan counted is what is built."""
-    wanted = spec.data.tokenizer.d_vocab or prepared.d_vocab
-    if wanted < prepared.d_vocab:
-        raise DataError(
-            f"data.tokenizer.d_vocab is {wanted:,}, but the tokenizer has {prepared.d_vocab:,} tokens; leave it out or "
-            "give at least that."
-        )
-    return wanted
-
-
-def _grown(
-    spec: ExperimentSpec, name: str, directory: Path, prepared: Prepared, device: torch.device, processes: Processes
-) -> tuple[Any, Fields | None]:
-    """The first process grows, all load what it has grown, and it measures."""
-    from trainer import evaluate
-
-    model = spec.models[name]
-    assert isinstance(model.init, GrowInit)
-    assert model.shape is not None
-    settings = spec.train_of(name)
-    source = directory.parent / model.init.parent / "model"
-    if not (source / "config.json").exists():
-        raise CheckpointError(
-            f"{name} is grown from {model.init.parent}, which has no finished model in {source}; train it first."
-        )
-    if (source / "tokenizer.json").read_bytes() != (prepared.tokenizer / "tokenizer.json").read_bytes():
-        raise CheckpointError(
-            f"{model.init.parent} was trained with another tokenizer than {name} would be: the text has changed "
-            "since. Train both in a new run."
-        )
-    start = time.perf_counter()
-    weights = directory / ".grown"
-    if not processes.first:
-        processes.wait()
-        child = load_model(weights, device)
-        processes.wait()
-        return child, None
-    shutil.rmtree(weights, ignore_errors=True)
-    try:
-        parent_shape, n_positions, d_vocab, tied = get_family(model.family).shape_of(read_config(source))
-        growth = plan(
-            model.family, parent_shape, model.shape, model.init, n_positions=n_positions, d_vocab=d_vocab, tied=tied
-        )
-        grow_checkpoint(source, weights, growth, settings.seed)
-        processes.wait()
-        child = load_model(weights, device)
-        processes.wait()
-    except (FamilyError, GrowthError, SourceError) as error:
-        raise CheckpointError(f"{name} cannot be grown from {source}: {error}") from error
-    finally:
-        shutil.rmtree(weights, ignore_errors=True)
-    parent = load_model(source, device)
-    held_out = evaluate.windows(prepared.validation.array(), settings.n_ctx, min(GROWTH_TOKENS, settings.eval_tokens))
-    return child, {
-        "parent": model.init.parent,
-        "width": model.init.width,
-        "depth": model.init.depth,
-        "preserves": growth.preserves,
-        **evaluate.compare(parent, child, held_out),
-        "seconds": time.perf_counter() - start,
-        "new_parameters": _count(child) - _count(parent),
-    }
-
-
-def load_model(path: Path | str, device: torch.device) -> Any:
-    """A model in float32 from a Hugging Face folder or a name on the Hub."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model, loaded = AutoModelForCausalLM.from_pretrained(
-            str(path),
-            dtype=torch.float32,
-            trust_remote_code=False,
-            use_safetensors=True,
-            attn_implementation="sdpa",
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise CheckpointError(f"{path} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
-    if missing := sorted(loaded["missing_keys"]):  # transformers would fill them with random numbers
-        raise CheckpointError(f"{path} lacks the weights {', '.join(missing[:3])}{' ...' if missing[3:] else ''}.")
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0  # its config keeps what it said
-    for parameter in model.parameters():
-        # A copy: memory mapped from a file is not aligned as torch's own, and may be summed in another order.
-        parameter.data = parameter.data.clone()
-    return model.to(device)
-
-
-def _check_model(model: Any, prepared: Prepared, settings: TrainSpec) -> None:
-    if model.config.vocab_size < prepared.d_vocab:
-        raise CheckpointError(
-            f"The model has {model.config.vocab_size:,} tokens, the tokenizer {prepared.d_vocab:,}; they do not belong "
-            "together."
-        )
-    if model.config.max_position_embeddings < settings.n_ctx:
-        raise CheckpointError(
-            f"train.n_ctx is {settings.n_ctx}, but the model has {model.config.max_position_embeddings} positions; at "
-            "most that many would be right."
+def _check_stages(name: str, stages: list[budget.Stage], total_steps: int) -> None:
+    if len(stages) > 1 and stages[-1].begin >= total_steps:
+        raise RunError(
+            f"models.{name}.init.ladder: its last growth would be after {stages[-1].begin} steps, but num_epochs ends "
+            f"training after {total_steps}; fewer steps before it, or more epochs, would be right."
         )
 
 
-def _describe(spec: ExperimentSpec, name: str, model: Any) -> Described:
-    """The shape of what was made or loaded, which must be what the spec says."""
-    wanted = spec.models[name]
-    family = get_family(wanted.family)
-    if model.config.model_type != family.name:
-        raise CheckpointError(f"models.{name}.family is {family.name!r}, the checkpoint's {model.config.model_type!r}.")
-    try:
-        found = family.shape_of(model.config.to_dict())
-    except FamilyError as error:
-        raise CheckpointError(f"models.{name}.init.path: {error}") from error
-    if wanted.shape is not None and wanted.shape.model_dump() | {"n_kv_heads": wanted.shape.kv_heads} != (
-        found.shape.model_dump() | {"n_kv_heads": found.shape.kv_heads}
-    ):
-        raise CheckpointError(
-            f"models.{name}.shape is not the checkpoint's, {found.shape.model_dump_json()}; leave it out to take that."
-        )
-    return found
+def _optimizer_is_wanted(spec: ExperimentSpec, name: str) -> bool:
+    """Whether a model that is grown from this one goes on with AdamW's moments."""
+    inits = [model.init for model in spec.models.values()]
+    return any(isinstance(init, GrowInit) and init.parent == name and init.optimizer == "grown" for init in inits)
 
 
 def _tokenizer(prepared: Prepared) -> Any:
@@ -577,10 +416,6 @@ def _tokenizer(prepared: Prepared) -> Any:
 
 
 # --- What a run knows about itself ------------------------------------------------------------------------------------
-
-
-def _count(model: Any) -> int:
-    return sum(p.numel() for p in model.parameters())
 
 
 def _version(package: str) -> str:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -33,7 +34,7 @@ from trainer.families import FAMILIES, get_family
 from trainer.growth import GrowthError, check
 from trainer.growth.depth import DEPTH_RULES
 from trainer.growth.width import WIDTH_RULES
-from trainer.shape import Dimension, GrowInit, Init, RandomInit, Shape, Spec
+from trainer.shape import Dimension, GrowInit, Init, RandomInit, Rung, Shape, Spec
 
 Schedule = Literal["cosine", "linear", "constant"]
 Precision = Literal["auto", "fp32", "bf16"]
@@ -236,8 +237,6 @@ class ExperimentSpec(Spec):
 
     @model_validator(mode="after")
     def _models_form_a_graph(self) -> ExperimentSpec:
-        import re
-
         for name, model in self.models.items():
             at = f"models.{name}"
             if not re.match(MODEL_NAME, name):
@@ -279,13 +278,53 @@ class ExperimentSpec(Spec):
             raise _error(f"{at}.family", f"must be its parent's, {parent.family!r}", model.family)
         if model.tie_embeddings != parent.tie_embeddings:
             raise _error(f"{at}.tie_embeddings", f"must be its parent's, {parent.tie_embeddings}", model.tie_embeddings)
-        if parent.shape is None or model.shape is None:
-            return  # known only once the checkpoint is read; the trainer checks again then
         assert isinstance(model.init, GrowInit)
-        try:
-            check(model.family, parent.shape, model.shape, model.init)
-        except GrowthError as error:
-            raise _error(f"{at}.{error.field}", error.message, error.value) from None
+        assert model.shape is not None
+        if model.init.optimizer == "grown" and self.train_of(model.init.parent).max_steps == 0:
+            made = "read from a checkpoint" if parent.init.kind == "checkpoint" else "not trained"
+            raise _error(
+                f"{at}.init.optimizer",
+                f"{model.init.parent} is {made} and takes no training steps, so AdamW has no moments to grow: 'fresh' "
+                "would be right",
+                model.init.optimizer,
+            )
+        self._check_steps(name, model.init.ladder)
+        before = parent.shape  # None: a checkpoint's, which the trainer checks once it was read
+        steps = [(f"init.ladder.{i}.shape", rung.shape) for i, rung in enumerate(model.init.ladder)]
+        for place, shape in [*steps, ("shape", model.shape)]:
+            try:
+                check(model.family, before or shape, shape, model.init)
+            except GrowthError as error:
+                field = re.sub("^shape", place, error.field)
+                raise _error(f"{at}.{field}", error.message, error.value) from None
+            before = shape
+        self._check_tables(name, model.init)
+
+    def _check_steps(self, name: str, ladder: tuple[Rung, ...]) -> None:
+        at, max_steps, begin = f"models.{name}.init.ladder", self.train_of(name).max_steps, 0
+        if ladder and max_steps is None:
+            raise _error(f"models.{name}.train.max_steps", "is needed beside a ladder, which grows at given steps")
+        for i, rung in enumerate(ladder):
+            begin += rung.steps
+            if begin >= (max_steps or 0):
+                raise _error(
+                    f"{at}.{i}.steps",
+                    f"the growth after it would be after {begin} steps in all, and training ends after {max_steps}",
+                    rung.steps,
+                )
+
+    def _check_tables(self, name: str, init: GrowInit) -> None:
+        """The vocabulary and the longest context, where the parent's are known: it has no checkpoint above it."""
+        above = [self.models[each].init for each in self.ancestors(name)]
+        if any(each.kind == "checkpoint" for each in above):
+            return
+        for field, first in (("d_vocab", self.data.tokenizer.d_vocab), ("n_positions", self.train.n_ctx)):
+            wanted = getattr(init, field)
+            past = next((size for each in above if (size := getattr(each, field, None)) is not None), first)
+            if wanted is not None and past is not None and wanted < past:
+                raise _error(
+                    f"models.{name}.init.{field}", f"is less than the parent's {past}: at least {past}", wanted
+                )
 
     def train_of(self, name: str) -> TrainSpec:
         """The training settings of one model, its overrides applied."""

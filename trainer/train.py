@@ -5,6 +5,8 @@ What it promises:
 * Batches are a function of (seed, step) and the training tokens alone: every model of an experiment sees the same ones.
 * The same seed gives the same losses, and a run that was stopped and resumed gives those of one that was not, to the
   last bit on one machine with the same number of threads.
+* A model that grows on the way is trained a stretch at a time, one call of :func:`train` for each size, with one count
+  of steps, one order of batches and one schedule over all of them.
 * Several processes share each batch of one run (:mod:`trainer.processes`) and give the losses of one process, but for
   the rounding of sums in another order. It may be resumed with another number of them.
 * Checkpoints are whole or absent, hold no pickled code, and are folders that `AutoModelForCausalLM` loads.
@@ -23,7 +25,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trainer.endings import CheckpointError, Diverged, StopRequested
-from trainer.evaluate import Windows, autocast, evaluate
+from trainer.evaluate import Windows, autocast, evaluate, logit_cap
+from trainer.growth.moments import OPTIMIZER_FILE, LrScale
 from trainer.processes import Processes
 from trainer.spec import TrainSpec
 
@@ -52,13 +55,20 @@ LOSS_CHUNK = 512
 #: bfloat16 must be this much faster to be worth its rounding.
 BF16_GAIN = 1.5
 
+#: AdamW's epsilon.
+EPS = 1e-8
+
 KEEP_CHECKPOINTS = 2
-STATE_FILE, OPTIMIZER_FILE = "kangaroo.json", "optimizer.safetensors"
+STATE_FILE = "kangaroo.json"
 
 
 @dataclass(frozen=True)
 class State:
-    """Where a run stands. Totals since its first step; `pending` are the losses not yet in a `train` event."""
+    """Where a run stands. Totals since its first step; `pending` are the losses not yet in a `train` event.
+
+    A run whose model grows on the way is in its stage number `stage`, which began after `stage_step` steps. FLOPs are
+    counted from `stage_flops`, those until then: a token costs each size of the model something else.
+    """
 
     step: int = 0
     tokens: int = 0
@@ -67,6 +77,10 @@ class State:
     eval_seconds: float = 0.0
     setup_seconds: float = 0.0
     pending: list[float] = field(default_factory=list)
+    stage: int = 0
+    stage_step: int = 0
+    stage_flops: float = 0.0
+    peak_bytes: int = 0  # the most memory that anything took of which this process does not know
 
     def progress(self) -> Fields:
         return {"step": self.step, "tokens": self.tokens, "flops": self.flops, "train_seconds": self.train_seconds}
@@ -83,26 +97,33 @@ class Task:
     held_out: Windows  # of the validation split
     bytes_per_token: float  # of the validation split
     batch_seed: int  # the experiment's, not the model's: all its models see the same batches
-    total_steps: int
+    total_steps: int  # that the schedule is over
     flops_per_token: float
     precision: str  # "fp32" or "bf16"
     identity: Fields = field(default_factory=dict)  # what a checkpoint must agree on to be resumed from
     processes: Processes = field(default_factory=Processes)
+    stage_end: int | None = None  # the step after which the model grows; None where it is trained to the end
+    growth: Fields = field(default_factory=dict)  # what a checkpoint says of how the model came about, as JSON
+    more: Callable[[Any], Fields] = lambda model: {}  # of a model, for its `eval` events
+
+    @property
+    def end(self) -> int:
+        return self.total_steps if self.stage_end is None else self.stage_end
 
 
-def train(model: Any, task: Task, state: State, stop: Callable[[], bool]) -> Iterator[Fields]:
-    """Train `model` from `state` to `task.total_steps`. Yields the fields of events; the last is the final evaluation.
+def train(
+    model: Any, optimizer: torch.optim.Optimizer, task: Task, state: State, stop: Callable[[], bool]
+) -> Generator[Fields, None, State]:
+    """Train `model` from `state` to `task.end`. Yields the fields of events; returns where the run stands then.
 
-    Raises :class:`Diverged`, or :class:`StopRequested` after writing a checkpoint. Of several processes all yield the
-    same, but only the first saves.
+    The last event is an evaluation; where the model is to grow it is a checkpoint, to grow from. Raises
+    :class:`Diverged`, or :class:`StopRequested` after writing a checkpoint. Of several processes all yield the same,
+    but only the first saves.
     """
     settings, device, processes = task.settings, model.device, task.processes
     batches = Batches(
         task.tokens, settings.n_ctx, settings.batch_size, task.batch_seed, processes.share(settings.batch_size)
     )
-    optimizer = make_optimizer(model, settings)
-    if state.step:
-        load_optimizer(optimizer, model, task.directory / checkpoint_path(state.step))
     objective = processes.averaging(Objective(model, settings.compile))
     parameters = list(model.parameters())
     report_every = max(1, math.ceil(task.total_steps / MOST_TRAIN_EVENTS))
@@ -111,13 +132,15 @@ def train(model: Any, task: Task, state: State, stop: Callable[[], bool]) -> Ite
 
     while True:
         step = meter.step
-        due = step % settings.eval_every == 0 or step == task.total_steps
+        due = step % settings.eval_every == 0 or step == task.end
         if due and step != resumed_from:
             yield from meter.flush()
-            yield {"kind": "eval", "split": "validation", **meter.evaluate(model)}
-        if step == task.total_steps:
+            yield {"kind": "eval", "split": "validation", **meter.evaluate(model), **task.more(model)}
+        if step == task.end:
             yield from meter.flush()
-            return
+            if task.stage_end is not None and step != resumed_from and processes.first:
+                yield save_checkpoint(model, optimizer, task, meter.state())
+            return meter.state()
         stopping = meter.stopping()
         if step != resumed_from and step and (stopping or step % settings.checkpoint_every == 0):
             yield from meter.flush()
@@ -131,7 +154,7 @@ def train(model: Any, task: Task, state: State, stop: Callable[[], bool]) -> Ite
         meter.start()
         lr = learning_rate(step, settings, task.total_steps)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         inputs, targets = batches.at(step, device)  # [B, T] each
         with autocast(device, task.precision):
             loss = objective(inputs, targets)
@@ -197,30 +220,39 @@ class Objective(torch.nn.Module):
         """Of inputs and targets [B, T]."""
         hidden = self.body(input_ids=inputs, use_cache=False).last_hidden_state  # [B, T, d]
         weight = self.model.get_output_embeddings().weight
-        return linear_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten())
+        return linear_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), logit_cap(self.model))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of `hidden @ weight.T` against targets, and both gradients, made in the forward pass.
 
     Only [c, V] logits exist at a time, where the plain way keeps [n, V] several times over; the gradient of the weight
-    is summed over the chunks in float32. (The idea is Liger-Kernel's, https://arxiv.org/abs/2410.10989.)
+    is summed over the chunks in float32, or in what the model is in if that is wider. (The idea is Liger-Kernel's, https://arxiv.org/abs/2410.10989.)
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, cap: float | None, dtype: torch.dtype
+    ) -> Tensor:
         n = hidden.shape[0]
         h_all, w = hidden.to(dtype), weight.to(dtype)  # [n, d], [V, d]
         d_hidden = torch.empty_like(h_all)
-        d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        wide = torch.promote_types(dtype, torch.float32)
+        d_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device)
+        loss = torch.zeros((), dtype=wide, device=hidden.device)
         for start in range(0, n, LOSS_CHUNK):
             h, t = h_all[start : start + LOSS_CHUNK], targets[start : start + LOSS_CHUNK, None]
-            log_p = (h @ w.T).float().log_softmax(-1)  # [c, V]
+            logits = (h @ w.T).to(wide)  # [c, V]
+            if cap is not None:
+                within = logits.div_(cap).tanh_()
+                logits = within * cap
+            log_p = logits.log_softmax(-1)
             loss -= log_p.gather(1, t).sum()
             # d loss / d logits = (softmax - one-hot) / n, in the same memory
             d_logits = log_p.exp_()
             d_logits.scatter_add_(1, t, d_logits.new_full(t.shape, -1.0))
+            if cap is not None:
+                d_logits.mul_(within.square_().neg_().add_(1))
             g = d_logits.div_(n).to(dtype)
             d_hidden[start : start + LOSS_CHUNK] = g @ w
             d_weight += g.T @ h
@@ -228,30 +260,51 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss / n
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * grads[0], d_weight * grads[0], None, None
+        return d_hidden * grads[0], d_weight * grads[0], None, None, None
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy, nats: hidden [n, d], weight [V, d] (tied to the embedding or not), targets [n]."""
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float | None = None) -> Tensor:
+    """Mean cross-entropy, nats: hidden [n, d], weight [V, d] (tied to the embedding or not), targets [n].
+
+    With a `cap`, logits x are cap * tanh(x / cap).
+    """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     with torch.autocast(device, enabled=False):
-        return _LinearCrossEntropy.apply(hidden, weight, targets, dtype)  # type: ignore[no-any-return, no-untyped-call]
+        return _LinearCrossEntropy.apply(hidden, weight, targets, cap, dtype)  # type: ignore[no-any-return, no-untyped-call]
 
 
 # --- Optimizer --------------------------------------------------------------------------------------------------------
 
 
-def make_optimizer(model: Any, settings: TrainSpec) -> torch.optim.AdamW:
-    """AdamW, fused; weight decay on matrices (embeddings too), not on biases and gains."""
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), fused=True)
+def make_optimizer(model: Any, settings: TrainSpec, scales: Mapping[str, LrScale] | None = None) -> torch.optim.AdamW:
+    """AdamW, fused; weight decay on matrices (embeddings too), not on biases and gains.
+
+    `scales`, where given, has for every parameter what its learning rate, weight decay and epsilon are multiplied with
+    (:func:`trainer.growth.moments.lr_scales`). A group is of parameters that are treated alike, matrices first; in its
+    `lr_scale` stands what the schedule's rate is multiplied with.
+    """
+    groups: dict[tuple[bool, LrScale], list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        scale = LrScale() if scales is None else scales[name]
+        groups.setdefault((parameter.dim() >= 2, scale), []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {
+                "params": groups[matrices, scale],
+                "lr": settings.lr * scale.lr,
+                "lr_scale": scale.lr,
+                "weight_decay": settings.weight_decay * scale.weight_decay if matrices else 0.0,
+                "eps": EPS * scale.eps,
+            }
+            for matrices, scale in sorted(groups, key=lambda group: not group[0])
+        ],
+        lr=settings.lr,
+        betas=(settings.beta1, settings.beta2),
+        fused=True,
+    )
 
 
 def learning_rate(step: int, settings: TrainSpec, total: int) -> float:
@@ -396,12 +449,17 @@ class Meter:
             eval_seconds=self.eval_seconds,
             setup_seconds=self.base.setup_seconds,
             pending=list(self.pending),
+            stage=self.base.stage,
+            stage_step=self.base.stage_step,
+            stage_flops=self.base.stage_flops,
+            peak_bytes=self.base.peak_bytes,
             **self._totals(self.step),
         )
 
     def _totals(self, step: int) -> Fields:
-        tokens = step * self.task.settings.tokens_per_step
-        return {"tokens": tokens, "flops": tokens * self.task.flops_per_token}
+        """From the stage's first step on, not the process's: a resumed run comes to the same, to the last bit."""
+        each, since = self.task.settings.tokens_per_step, step - self.base.stage_step
+        return {"tokens": step * each, "flops": self.base.stage_flops + since * each * self.task.flops_per_token}
 
 
 # --- Checkpoints ------------------------------------------------------------------------------------------------------
@@ -418,10 +476,8 @@ def save_checkpoint(model: Any, optimizer: torch.optim.Optimizer, task: Task, st
     path = checkpoint_path(state.step)
 
     def rest(folder: Path) -> None:
-        names = {p: name for name, p in model.named_parameters()}
-        tensors = {f"{key}/{names[p]}": value for p, held in optimizer.state.items() for key, value in held.items()}
-        save_file(tensors, folder / OPTIMIZER_FILE)
-        held = {"state": asdict(state), "precision": task.precision, "identity": task.identity}
+        save_optimizer(optimizer, model, folder)
+        held = {"state": asdict(state), "precision": task.precision, "identity": task.identity, "growth": task.growth}
         (folder / STATE_FILE).write_text(json.dumps(held, indent=1))
 
     size = save_model(model, task.tokenizer, task.directory / path, rest)
@@ -460,8 +516,8 @@ def checkpoints(directory: Path) -> list[Path]:
     return sorted((directory / "checkpoints").glob("step-*"))
 
 
-def load_state(folder: Path, identity: Fields) -> tuple[State, str]:
-    """State and precision of a checkpoint. Raises :class:`CheckpointError` if it was made for something else."""
+def load_state(folder: Path, identity: Fields) -> tuple[State, str, Fields]:
+    """State, precision and growth of a checkpoint. Raises :class:`CheckpointError` if it is of something else."""
     try:
         held = json.loads((folder / STATE_FILE).read_text())
         state, precision = State(**held["state"]), str(held["precision"])
@@ -473,16 +529,28 @@ def load_state(folder: Path, identity: Fields) -> tuple[State, str]:
                 f"The run cannot go on from {folder.name}: {what} was {held['identity'].get(what)} then and is {value} "
                 "now. Start a new run."
             )
-    return state, precision
+    return state, precision, held.get("growth", {})
+
+
+def save_optimizer(optimizer: torch.optim.Optimizer, model: Any, folder: Path) -> None:
+    """AdamW's state, by the names of the parameters: step/NAME, exp_avg/NAME, exp_avg_sq/NAME."""
+    names = {p: name for name, p in model.named_parameters()}
+    tensors = {f"{key}/{names[p]}": value for p, held in optimizer.state.items() for key, value in held.items()}
+    save_file(tensors, folder / OPTIMIZER_FILE)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, model: Any, folder: Path) -> None:
-    tensors = load_file(folder / OPTIMIZER_FILE)
-    for name, parameter in model.named_parameters():
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            held = tensors[f"{key}/{name}"]
-            # A copy: memory mapped from a file is not aligned as torch's own, and may be summed in another order.
-            optimizer.state[parameter][key] = held.to(parameter.device, copy=True)
+    """AdamW's state from a checkpoint."""
+    fill_optimizer(optimizer, model, load_file(folder / OPTIMIZER_FILE).items())
+
+
+def fill_optimizer(optimizer: torch.optim.Optimizer, model: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """AdamW's state from tensors by their names in a checkpoint. A parameter that none is of begins afresh."""
+    parameters = dict(model.named_parameters())
+    for place, held in tensors:
+        key, _, name = place.partition("/")
+        # A copy: memory mapped from a file is not aligned as torch's own, and may be summed in another order.
+        optimizer.state[parameters[name]][key] = held.to(parameters[name].device, copy=True)
 
 
 def _sync(path: Path) -> None:

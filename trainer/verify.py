@@ -236,7 +236,7 @@ def measure(small: Path, large: Path, text: Path) -> dict[str, float | int]:
 
     from trainer import evaluate
     from trainer.endings import CheckpointError
-    from trainer.run import load_model
+    from trainer.models import load_model
 
     disable_progress_bar()
     try:

@@ -203,12 +203,12 @@ def test_a_local_checkpoint_is_counted_from_its_config(tmp_path: Path) -> None:
 
 def test_a_checkpoint_that_cannot_grow_so_is_a_problem_with_its_field(tmp_path: Path) -> None:
     save(tmp_path, "gpt2", PARENT["gpt2"])
-    scaled = sheet(from_checkpoint(str(tmp_path), child("gpt2", d_mlp=30), "gpt2"))["scaled"]
+    scaled = sheet(from_checkpoint(str(tmp_path), child("gpt2", d_mlp=16), "gpt2"))["scaled"]
 
     assert scaled.growth is None
     assert scaled.problem is not None
-    assert (scaled.problem.field, scaled.problem.value) == ("models.scaled.shape.d_mlp", 30)
-    assert "20 or 40" in scaled.problem.message
+    assert (scaled.problem.field, scaled.problem.value) == ("models.scaled.shape.d_mlp", 16)
+    assert "at least 20" in scaled.problem.message
 
 
 def test_a_checkpoint_of_the_hub_is_counted_once_it_was_fetched(

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
-from typing import Any, get_args
+from datetime import datetime
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import pytest
 from pydantic import ValidationError
@@ -13,16 +15,24 @@ KINDS = {get_args(model.model_fields["kind"].annotation)[0]: model for model in 
 
 
 def example(model: Any) -> dict[str, Any]:
-    """An event with something in every field."""
-    values = {"int": 3, "float": 0.1, "str": "é\n", "bool": True, "dict": {"torch": "2"}}
-    held: dict[str, Any] = {"seq": 7, "at": "2026-11-24T10:00:00.123Z"}
-    for name, field in model.model_fields.items():
-        if name in held:
-            continue
-        choices = [c for c in get_args(field.annotation) if isinstance(c, str)]
-        kind = str(field.annotation).replace("<class '", "").split("'")[0].split("[")[0].split(" |")[0]
-        held[name] = choices[0] if choices else values[kind]
-    return held
+    """An event, or a part of one, with something in every field."""
+    held: dict[str, Any] = {"seq": 7, "at": "2026-11-24T10:00:00.123Z"} if "seq" in model.model_fields else {}
+    return {name: value(field.annotation) for name, field in model.model_fields.items()} | held
+
+
+def value(annotation: Any) -> Any:
+    """Something that a field of this type may hold, and not None."""
+    choices, origin = get_args(annotation), get_origin(annotation)
+    if origin in (Union, UnionType):
+        return value(choices[0])
+    if origin is Literal:
+        return choices[0]
+    if origin is list:
+        return [value(choices[0])]
+    if origin is dict:
+        return {"torch": "2"}
+    simple = {int: 3, float: 0.1, str: "é\n", bool: True}
+    return simple[annotation] if annotation in simple else example(annotation) if annotation is not datetime else None
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trainer.families import FAMILIES
 from trainer.spec import OVERRIDABLE, SpecError, TrainSpec, load_spec, parse_spec
 
 SHAPE = {"d_model": 64, "n_heads": 2, "d_head": 32, "d_mlp": 128, "n_layers": 2}
@@ -44,7 +45,7 @@ def with_value(path: str, value: Any) -> dict[str, Any]:
         ("train.warmup_steps", 500, "train.warmup_steps: 500 is more than max_steps; at most 400 would be right"),
         ("models.small.shape.d_model", 0, "models.small.shape.d_model 0: must be at least 1"),
         ("models.small.shape.d_head", 31, "models.small.shape.d_head 31: RoPE rotates channels in pairs"),
-        ("models.small.family", "gpt5", "models.small.family 'gpt5': must be 'gpt2', "),
+        ("models.small.family", "gpt5", f"models.small.family 'gpt5': must be {next(iter(FAMILIES))!r}, "),
         ("models.small.shape", None, "models.small.shape: a shape is needed unless"),
         ("models.small.init", {"kind": "magic"}, "models.small.init.kind 'magic': must be 'random'"),
         ("models.small.init", {}, "models.small.init: needs a kind"),
