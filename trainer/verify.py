@@ -142,8 +142,11 @@ def find_plan(old: Source, new: Source) -> tuple[GrowthPlan | None, list[TensorC
             checks = _checks(parent, child, made, known)
             matrices = {p.name for p, source, *_ in made.parameters() if source is not None and p.kind == "matrix"}
             copied = sum(check.copied for check in checks if check.name in matrices)
-            # Random blocks claim nothing, so what a plan claims wrongly counts against it.
-            score = (2 * copied - len(matrices), sum(check.holds for check in checks), made.preserves)
+            # Random blocks claim nothing, so what a plan claims wrongly counts against it. Of two plans that hold alike
+            # the one that preserves is meant; but one tensor that breaks it is an accident, more are a rule.
+            holding = sum(check.holds for check in checks)
+            meant = made.preserves == (holding >= len(checks) - 1)
+            score = (2 * copied - len(matrices), holding, meant)
             if 2 * copied > len(matrices) and (best is None or score > best[0]):
                 best = score, made, checks
     return (None, []) if best is None else best[1:]

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.growth.plan import GrowthPlan, Origin
-from trainer.growth.tensors import BLOCK_ENTRIES, Floats, Side, mean_of_rows, side_of, silent_value, vector
+from trainer.growth.tensors import BLOCK_ENTRIES, Floats, Side, mean_of_rows, side_of, vector
 from trainer.growth.weights import EPSILON, Tensor
 
 
@@ -42,7 +42,7 @@ def residual(source: Tensor, grown: Tensor, origin: Origin, plan: GrowthPlan, *,
     new, block = origin.new, origin.block
     size = largest(source) or 1.0
     if block.silent and new.writes_residual:
-        found = largest(grown, silent_value(new))
+        found = largest(grown, new.silent)
     elif new.into:
         found = _matrix(source, grown, origin, plan, only_copied)
     else:

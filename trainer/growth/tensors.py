@@ -163,16 +163,11 @@ def grown(
 
 def silent(new: Parameter) -> Iterator[Floats]:
     """A parameter that keeps its block from writing anything: zeros, or a gain of zero."""
-    nothing = silent_value(new)
     if not new.into:
-        yield np.full(new.shape, nothing)
+        yield np.full(new.shape, new.silent)
         return
     for rows in row_blocks(new.shape):
-        yield np.full((rows.stop - rows.start, new.shape[1]), nothing)
-
-
-def silent_value(new: Parameter) -> float:
-    return -1.0 if new.from_one else 0.0
+        yield np.full((rows.stop - rows.start, new.shape[1]), new.silent)
 
 
 def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:

@@ -131,7 +131,7 @@ class Pad(WidthRule):
         W' = [[W, 0], [N, 0]]     units, heads, values: random, read by zeros
 
     with what is written to the old channels times sqrt(D' / D), so that gains and eps stay. No copies, so nothing to
-    tell apart; but what is written by zeros gets its first gradient through what is random behind it, and starts slowly.
+    tell apart; but what is written by zeros gets its first gradient through what is random behind it: a slow start.
     """
 
     about = Operator(
