@@ -30,10 +30,11 @@ import numpy as np
 from trainer.agent import cores
 from trainer.families import Described, Family, family_of, get_family, read_config
 from trainer.growth.certificate import certificate, residual, tolerance
+from trainer.growth.copying import copied
 from trainer.growth.errors import GrowthError
 from trainer.growth.plan import GrowthPlan, Origin
 from trainer.growth.tensors import fresh, grown
-from trainer.growth.weights import NAMES, Entry, Shards, SourceError, Tensor, Weights, narrow
+from trainer.growth.weights import NAMES, Array, Entry, Shards, SourceError, Tensor, Weights, narrow
 
 __all__ = [
     "DTYPES",
@@ -43,7 +44,7 @@ __all__ = [
     "grow_checkpoint",
     "named_weights",
     "open_source",
-    "output_bytes",
+    "parameter_counts",
 ]
 
 #: What is taken along unread: the tokenizer, its template, and how to generate.
@@ -115,8 +116,8 @@ def grow_checkpoint(
     `progress` is called a few times a second; what it raises stops the growth. `threads`: else as many as numerical
     libraries were told, or the process has cores, :data:`MOST_THREADS` at most.
 
-    Returns parameters, new_parameters, bytes (of the weights' files), seconds, preserves, and the largest residual and
-    the number of tensors certified (None and 0 where nothing was verified).
+    Returns parameters, new_parameters, bytes (of the weights' files), seconds, preserves, tensors (the residual of each
+    by its name) and the largest residual; {} and None where nothing was verified.
 
     Raises :class:`FamilyError` or :class:`SourceError` for a source that cannot be read, :class:`GrowthError` for a
     plan that is not for this source or a value that `dtype` cannot hold, FileExistsError where `out` holds something,
@@ -140,7 +141,7 @@ def grow_checkpoint(
                 shutil.copyfile(source / name, folder / name)
         size = _write_weights(folder, weights, plan, seed, dtype, max_shard_bytes, threads, progress)
         residuals = _verified(weights, folder, plan, threads, progress) if verify and plan.preserves else {}
-    before, after = _parameters(plan, child=False), _parameters(plan, child=True)
+    before, after = parameter_counts(plan)
     return {
         "parameters": after,
         "new_parameters": after - before,
@@ -148,13 +149,16 @@ def grow_checkpoint(
         "seconds": time.perf_counter() - began,
         "preserves": plan.preserves,
         "residual": max(residuals.values(), default=None),
-        "certified": len(residuals),
+        "tensors": residuals,
     }
 
 
-def output_bytes(source: Source, plan: GrowthPlan, dtype: str | None = None) -> int:
-    """Bytes of the tensors that :func:`grow_checkpoint` would write. Raises :class:`SourceError`."""
-    return sum(entry.nbytes for entry in _entries(named_weights(source), plan.parameters(), dtype))
+def parameter_counts(plan: GrowthPlan) -> tuple[int, int]:
+    """The parent's parameters and the child's; a tied table counts once."""
+    family = get_family(plan.family)
+    parent = family.parameters(plan.parent, plan.n_positions, plan.d_vocab, plan.tied)
+    child = family.parameters(plan.child, plan.child_positions, plan.child_vocab, plan.tied)
+    return sum(parameter.size for parameter in parent), sum(parameter.size for parameter in child)
 
 
 def named_weights(source: Source) -> dict[str, Tensor]:
@@ -214,14 +218,6 @@ def _plain(shape: Any) -> dict[str, Any]:
     return {**shape.model_dump(), "n_kv_heads": shape.kv_heads}
 
 
-def _parameters(plan: GrowthPlan, *, child: bool) -> int:
-    shape, n_positions, d_vocab = plan.parent, plan.n_positions, plan.d_vocab
-    if child:
-        shape, n_positions, d_vocab = plan.child, plan.child_positions, plan.child_vocab
-    table = get_family(plan.family).parameters(shape, n_positions, d_vocab, plan.tied)
-    return sum(parameter.size for parameter in table)
-
-
 # --- Writing and reading again ----------------------------------------------------------------------------------------
 
 
@@ -247,19 +243,12 @@ def _write_weights(
     _check_room(folder, sum(entry.nbytes for entry in entries))
 
     def write(shards: Shards, origin: Origin, entry: Entry) -> None:
-        new, old, _, following = origin
-        # By name, not in turn: a tensor's random entries do not depend on what else the model has.
-        rng = np.random.default_rng([seed, zlib.crc32(new.name.encode())])
-        if old is None:
-            values = fresh(new, plan.init.init_range, rng)
-        else:
-            values = grown(weights[old.name], origin, plan, rng, weights[following.name] if following else None)
         try:
-            for rows in values:
-                shards.write(new.name, narrow(rows, entry.dtype))
+            for rows in _rows(weights, origin, plan, seed, entry.dtype):
+                shards.write(entry.name, rows)
         except OverflowError as error:
             wider = "BF16 or F32" if entry.dtype == "F16" else "F32"
-            raise GrowthError("dtype", f"{new.name}: {error}; {wider} would be right") from None
+            raise GrowthError("dtype", f"{entry.name}: {error}; {wider} would be right") from None
 
     with Shards(folder, entries, max_shard_bytes) as shards:
         tasks = [partial(write, shards, origin, entry) for origin, entry in zip(origins, entries, strict=True)]
@@ -271,6 +260,22 @@ def _write_weights(
         for _ in _side_by_side(tasks, threads, tick, shards.stop):
             pass
     return shards.bytes
+
+
+def _rows(weights: Mapping[str, Tensor], origin: Origin, plan: GrowthPlan, seed: int, dtype: str) -> Iterator[Array]:
+    """A tensor of the child in blocks of rows, as stored. Raises OverflowError."""
+    new, old, _, following = origin
+    if old is not None and (as_stored := copied(weights[old.name], origin, plan, dtype)) is not None:
+        yield from as_stored
+        return
+    # By name, not in turn: a tensor's random entries do not depend on what else the model has.
+    rng = np.random.default_rng([seed, zlib.crc32(new.name.encode())])
+    if old is None:
+        values = fresh(new, plan.init.init_range, rng)
+    else:
+        values = grown(weights[old.name], origin, plan, rng, weights[following.name] if following else None)
+    for rows in values:
+        yield narrow(rows, dtype)
 
 
 def _check_room(folder: Path, wanted: int) -> None:
