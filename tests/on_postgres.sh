@@ -34,7 +34,11 @@ for name in addresses agent compare credentials figures gpu_hosts_faults gpu_hos
   gpu_hosts_trouble keeper trainer_contract transport; do
   left_out+=(--ignore "tests/experiments/test_$name.py")
 done
-for test in whatever_is_killed_comes_back a_killed_supervisor_leaves_nothing_behind_but_training; do
+# `make run` as on a fresh machine is always on SQLite and the embedded broker.
+for test in the_first_start_runs_an_experiment_and_the_second_does_not \
+  ending_the_site_ends_no_training_and_the_next_start_takes_it_up whatever_is_killed_comes_back \
+  a_killed_supervisor_leaves_nothing_behind_but_training a_port_in_use_is_named_with_a_way_out \
+  a_second_supervisor_in_the_same_folder_is_refused a_folder_that_cannot_be_written_is_named_with_a_way_out; do
   left_out+=(--deselect "tests/experiments/test_up.py::test_$test")
 done
 .venv/bin/python -m pytest tests/accounts tests/experiments "${left_out[@]}" "$@"
