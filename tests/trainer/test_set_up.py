@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
+import venv
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,22 @@ def index(tmp_path: Path) -> Any:
                     wheel.writestr(path, text)
 
     return Index()
+
+
+@pytest.fixture(scope="module")
+def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment with nothing in it."""
+    folder = tmp_path_factory.mktemp("empty") / "env"
+    venv.create(folder, with_pip=True)
+    return folder
+
+
+@pytest.fixture
+def made(empty: Path, tmp_path: Path) -> Path:
+    """The working folder of a host whose environment was made before: to make one takes two seconds."""
+    root = tmp_path / "kangaroo"
+    shutil.copytree(empty, root / "env", symlinks=True)
+    return root
 
 
 def test_what_is_needed_is_what_the_project_pins() -> None:
@@ -128,36 +146,36 @@ def test_a_torch_that_is_there_is_kept(tmp_path: Path, index: Any) -> None:
     assert (found["versions"]["torch"], found["cuda"], found["cuda_available"]) == ("2.7.1+cu126", "12.6", True)
 
 
-def test_a_torch_that_does_not_see_the_gpus_is_told(tmp_path: Path, index: Any) -> None:
+def test_a_torch_that_does_not_see_the_gpus_is_told(tmp_path: Path, made: Path, index: Any) -> None:
     index.add("torch", "2.13.0", TORCH.replace("True", "False"))
     smi = tmp_path / "bin" / "nvidia-smi"
     smi.parent.mkdir()
     smi.write_text("#!/bin/sh\necho 0, GPU-1, Tesla V100, 32768, 0, 0, 30, 40.0, 300.0, 470.1\n")
     smi.chmod(0o755)
     path = f"{smi.parent}:{os.environ['PATH']}"
-    code, lines = run("--root", str(tmp_path / "kangaroo"), "--requirement", "torch", **index.env, PATH=path)
+    code, lines = run("--root", str(made), "--requirement", "torch", **index.env, PATH=path)
     assert code == 0, "it can be imported"
     assert environment(lines)["warning"].startswith("torch 2.13.0 (made for CUDA 12.6) cannot use the GPUs here")
 
 
-def test_what_cannot_be_imported_fails_set_up_with_its_words(tmp_path: Path, index: Any) -> None:
+def test_what_cannot_be_imported_fails_set_up_with_its_words(made: Path, index: Any) -> None:
     index.add("datasets", code="raise OSError('libarrow.so: cannot open shared object file')\n")
-    code, lines = run("--root", str(tmp_path / "kangaroo"), "--requirement", "datasets", **index.env)
+    code, lines = run("--root", str(made), "--requirement", "datasets", **index.env)
     assert code == 1
     assert lines[-1].startswith("These cannot be imported: datasets: OSError: libarrow.so")
 
 
-def test_a_requirement_that_does_not_exist_is_told(tmp_path: Path, index: Any) -> None:
+def test_a_requirement_that_does_not_exist_is_told(made: Path, index: Any) -> None:
     index.add("tqdm")
-    code, lines = run("--root", str(tmp_path / "kangaroo"), "--requirement", "tqdm==9", **index.env)
+    code, lines = run("--root", str(made), "--requirement", "tqdm==9", **index.env)
     assert code == 1
     assert "No matching distribution found for tqdm==9" in lines[-1]
 
 
-def test_a_machine_without_network_is_told_what_to_do(tmp_path: Path, index: Any) -> None:
+def test_a_machine_without_network_is_told_what_to_do(made: Path, index: Any) -> None:
     env = {"PIP_CONFIG_FILE": os.devnull, "PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "1"}
     env.update(PIP_NO_INDEX="0", PIP_FIND_LINKS="", PIP_EXTRA_INDEX_URL="", PIP_CONSTRAINT="", https_proxy="")
-    code, lines = run("--root", str(tmp_path / "kangaroo"), "--requirement", "tqdm", **env)
+    code, lines = run("--root", str(made), "--requirement", "tqdm", **env)
     assert code == 1
     assert lines[-1].startswith("This machine does not reach the package index.")
 
