@@ -21,6 +21,9 @@ STANDARD: dict[str, Any] = {
     },
 }
 
+RUNG = {"shape": SHAPE, "steps": 10}
+NO_STEPS = {"max_steps": 0, "warmup_steps": 0}
+
 
 def with_value(path: str, value: Any) -> dict[str, Any]:
     """The standard spec with one field set, by its dotted name."""
@@ -130,3 +133,49 @@ def test_text_that_is_no_json_is_refused(tmp_path: Any) -> None:
 )
 def test_a_source_is_told_by_its_spelling(source: str, kind: str) -> None:
     assert parse_spec(with_value("data.source", source)).data.kind == kind
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"ladder": [RUNG | {"shape": SHAPE | {"d_mlp": 64}}]}, "init.ladder.0.shape.d_mlp 64: is smaller than"),
+        ({"ladder": [RUNG, RUNG | {"shape": SHAPE | {"n_layers": 1}}]}, "init.ladder.1.shape.n_layers 1: is smaller"),
+        ({"ladder": [RUNG | {"shape": SHAPE | {"n_heads": 16}}]}, "shape.n_heads 4: is smaller than the parent's 16"),
+        ({"ladder": [RUNG | {"shape": SHAPE | {"d_head": 31}}]}, "init.ladder.0.shape.d_head 31: is smaller"),
+        ({"ladder": [RUNG, RUNG | {"steps": 390}]}, "init.ladder.1.steps 390: the growth after it would be after 400"),
+        ({"ladder": [RUNG | {"steps": 0}]}, "init.ladder.0.steps 0: must be at least 1"),
+        ({"d_vocab": 300}, "init.d_vocab 300: is less than the parent's 4096"),
+        ({"n_positions": 128}, "init.n_positions 128: is less than the parent's 256"),
+    ],
+)
+def test_a_growth_that_cannot_be_names_its_field(fields: dict[str, Any], expected: str) -> None:
+    held = copy.deepcopy(STANDARD)
+    held["models"]["scaled"]["init"] |= fields
+    with pytest.raises(SpecError) as caught:
+        parse_spec(held)
+    assert str(caught.value).startswith(f"models.scaled.{expected}")
+
+
+def test_a_ladder_grows_at_steps_so_epochs_alone_do_not_do() -> None:
+    held = copy.deepcopy(STANDARD)
+    held["models"]["scaled"]["init"] |= {"ladder": [RUNG]}
+    held["train"] = {"max_steps": None, "num_epochs": 2}
+    with pytest.raises(SpecError, match=r"models\.scaled\.train\.max_steps: is needed beside a ladder"):
+        parse_spec(held)
+    held["models"]["scaled"]["train"] = {"max_steps": 11, "warmup_steps": 0}
+    assert parse_spec(held).models["scaled"].shape is not None
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_moments_are_grown_only_from_a_parent_that_has_some(trained: bool) -> None:
+    held = copy.deepcopy(STANDARD)
+    held["data"] = {"tokenizer": {"kind": "pretrained", "name": "./base"}}
+    held["models"]["small"] = {"init": {"kind": "checkpoint", "path": "./base"}, "train": {} if trained else NO_STEPS}
+    held["models"]["scaled"]["init"]["optimizer"] = "grown"
+    if trained:
+        assert parse_spec(held)
+        return
+    with pytest.raises(
+        SpecError, match=r"models\.scaled\.init\.optimizer 'grown': small is read from a checkpoint and"
+    ):
+        parse_spec(held)

@@ -15,7 +15,8 @@ multiplied by c has its gradient divided by c. Two things follow for a whole gro
   over n copies of its input, so it moves n times as fast. This is the 1 / width rule of muP (Yang et al. 2022,
   https://arxiv.org/abs/2203.03466). A comparison that ignores it compares learning rates.
 
-For shares that are not even, noise, and rules that preserve nothing, the maps above are an approximation.
+For shares that are not even, noise, channels that hold a mean, and rules that preserve nothing, the maps above are an
+approximation.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,7 +38,7 @@ from trainer.growth.weights import SourceError
 #: Beside a model's weights, AdamW's state by the names of the parameters: step/NAME, exp_avg/NAME, exp_avg_sq/NAME.
 OPTIMIZER_FILE = "optimizer.safetensors"
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating[Any]]
 
 
 class LrScale(NamedTuple):
@@ -95,7 +96,7 @@ def _grown(old: Array, above: Array | None, origin: Origin, plan: GrowthPlan, po
             values = np.where(rows.rank > 0, above[rows.source], values).astype(np.float64)
         values *= row_scale
         values[~known_rows] = values[known_rows].mean() if power == 2 and known_rows.any() else 0.0
-        return values.astype(np.float32)
+        return values.astype(old.dtype)
     columns, column_scale = sides[1], scales[1] ** power
     known_columns = ~columns.new & (column_scale > 0)
     unknown = 0.0
@@ -103,7 +104,7 @@ def _grown(old: Array, above: Array | None, origin: Origin, plan: GrowthPlan, po
         by_row = np.bincount(rows.source[known_rows], row_scale[known_rows], rows.small)
         by_column = np.bincount(columns.source[known_columns], column_scale[known_columns], columns.small)
         unknown = by_row @ old @ by_column / known_rows.sum() / known_columns.sum()
-    made = np.empty(new.shape, np.float32)
+    made = np.empty(new.shape, old.dtype)
     for part in row_blocks(new.shape):
         kept = old[rows.source[part]]
         kept = kept if columns.unchanged else kept.take(columns.source, axis=1)
