@@ -620,3 +620,85 @@ def test_rounding_is_what_the_dtypes_say() -> None:
     for dtype, epsilon in EPSILON.items():
         one = narrow(np.array([1 + 0.99 * epsilon, 1 + 1.01 * epsilon]), dtype)
         assert list(widen(one, dtype) > 1) == [False, True], dtype
+
+
+# --- What the rules put where ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", ["uneven", "diagonal"])
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "gemma3_text", "qwen3"])
+def test_every_way_to_share_among_copies_is_exact(family: str, split: str, tmp_path: Path) -> None:
+    source = save(tmp_path / "parent", family, PARENT[family], dtype="float64")
+    for what in ("no whole ratio", "width and depth"):
+        made = plan_for(source, child(family, **GROWTHS[what][family]), grow(split=split, snr_db=10))
+        report = grow_checkpoint(source, tmp_path / what, made, seed=0)
+        assert made.preserves
+        assert report["residual"] < 1e-13
+        assert (exact_logits(source) - exact_logits(tmp_path / what)).abs().max() < 1e-9
+
+
+def test_side_by_side_is_two_models_that_exchange_nothing(parents: Any, tmp_path: Path) -> None:
+    source = parents["llama", False]
+    made = plan_for(source, child("llama", d_model=24, d_mlp=40), grow("block_diagonal", snr_db=None))
+    grow_checkpoint(source, tmp_path / "child", made, seed=0)
+    name = "model.layers.0.mlp.gate_proj.weight"
+    old, new = weights(source)[name], weights(tmp_path / "child")[name]
+
+    np.testing.assert_array_equal(new, np.block([[old, np.zeros_like(old)], [np.zeros_like(old), old]]))
+
+
+def test_uneven_shares_add_up_entry_by_entry(parents: Any, tmp_path: Path) -> None:
+    source = parents["llama", False]
+    made = plan_for(source, child("llama", d_mlp=50), grow(split="uneven", snr_db=None))
+    grow_checkpoint(source, tmp_path / "child", made, seed=0)
+    name = "model.layers.0.mlp.down_proj.weight"
+    old, new = weights(source)[name], weights(tmp_path / "child")[name]
+
+    shares = new / old[:, np.arange(50) % 20]
+    assert shares.min() > -1e-6
+    assert shares[:, :10].std() > 0.15
+    np.testing.assert_allclose(sum(shares[:, at : at + 10] for at in (0, 20, 40)), 1, atol=1e-5)
+    np.testing.assert_allclose(shares[:, 10:20] + shares[:, 30:40], 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_copies_come_from_the_block_above(family: str, parents: Any, tmp_path: Path) -> None:
+    source = parents[family, False]
+    to = child(family, d_mlp=40)
+    grow_checkpoint(source, tmp_path / "child", plan_for(source, to, grow("aki", snr_db=None)), seed=0)
+    old, new = weights(source), weights(tmp_path / "child")
+    table = {p.name: p for p in get_family(family).parameters(to, N_POSITIONS, D_VOCAB, False)}
+    first = next(p for p in table.values() if p.layer == 0 and p.out == (("mlp",),) and p.kind == "matrix")
+
+    def units(held: dict[str, Any], name: str) -> Any:
+        return held[name].T if first.in_first else held[name]
+
+    above = first.name.replace(".0.", ".1.")
+    np.testing.assert_array_equal(units(new, first.name)[:20], units(old, first.name))
+    np.testing.assert_array_equal(units(new, first.name)[20:], units(old, above))
+    np.testing.assert_array_equal(units(new, above)[20:], units(old, above), err_msg="the last has none above it")
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama", "gemma"])
+def test_further_tokens_and_positions_leave_the_old_ones_as_they_were(family: str, tied: bool, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    source = save(tmp_path / "parent", family, PARENT[family], tied=tied, dtype="float64")
+    to = child(family, **GROWTHS["width and depth"][family])
+    made = plan_for(source, to, grow(d_vocab=D_VOCAB + 11, n_positions=2 * N_POSITIONS))
+    grow_checkpoint(source, tmp_path / "child", made, seed=0)
+    before, after = exact_logits(source), exact_logits(tmp_path / "child")
+
+    assert made.preserves
+    assert "11 further tokens" in made.because
+    assert (before - after[..., :D_VOCAB]).abs().max() < 1e-9
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "child").config
+    assert (config.vocab_size, config.max_position_embeddings) == (D_VOCAB + 11, 2 * N_POSITIONS)
+
+
+def test_fewer_tokens_or_positions_are_refused(parents: Any) -> None:
+    for field, parent in (("d_vocab", D_VOCAB), ("n_positions", N_POSITIONS)):
+        with pytest.raises(GrowthError, match=f"at least {parent}") as caught:
+            plan_for(parents["llama", True], PARENT["llama"], grow(**{field: parent - 1}))
+        assert caught.value.field == f"init.{field}"
