@@ -634,7 +634,9 @@ def test_every_way_to_share_among_copies_is_exact(family: str, split: str, tmp_p
         report = grow_checkpoint(source, tmp_path / what, made, seed=0)
         assert made.preserves
         assert report["residual"] < 1e-13
-        assert (exact_logits(source) - exact_logits(tmp_path / what)).abs().max() < 1e-9
+        # transformers has cosines and sines in float32, and another theta gives others.
+        rounding = 1e-9 if made.rope_power == 1 else 1e-6
+        assert (exact_logits(source) - exact_logits(tmp_path / what)).abs().max() < rounding
 
 
 def test_side_by_side_is_two_models_that_exchange_nothing(parents: Any, tmp_path: Path) -> None:
