@@ -224,6 +224,10 @@ class Family(ABC):
             return set()
         return {rope.kind_of(each) for each in rope.ropes(config)} or {"default"}
 
+    def torn_ropes(self, config: Mapping[str, Any], rope_power: float) -> set[str]:
+        """The kinds in use under which pairs of a wider head turn at other speeds, though theta is raised so."""
+        return {kind for kind in self.rope_kinds(config) if self.rotary and not rope.follows(kind, rope_power)}
+
     def known_ropes(self, config: Mapping[str, Any]) -> None:
         """Raise :class:`FamilyError` where a config uses a kind of RoPE that this architecture does not have."""
         if unknown := self.rope_kinds(config) - self.possible_ropes:

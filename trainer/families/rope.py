@@ -26,6 +26,11 @@ FIELDS = ("rope_parameters", "rope_scaling")
 KINDS = frozenset({"default", "linear", "llama3", "yarn", "dynamic", "longrope"})
 #: Kinds whose frequencies are set by the context they were trained with, which is the config's own where not stated.
 _BY_CONTEXT = ("llama3", "yarn", "longrope")
+#: Kinds that change a frequency by what it is, and so alike for a pair that was moved but turns as fast.
+_BY_FREQUENCY = frozenset({"default", "linear", "llama3"})
+#: Those that may change it by a pair's place as well: YaRN's ramp ends at places d log(...) / (2 log theta), which stay
+#: when theta is raised to d' / d.
+_BY_PLACE = _BY_FREQUENCY | {"yarn"}
 #: Kinds that take what is missing of `factor` from how much longer the context became.
 _BY_RATIO = ("yarn", "longrope")
 
@@ -40,6 +45,15 @@ def ropes(config: Config) -> list[Rope]:
 def kind_of(rope: Rope) -> str:
     """`default`, `linear`, `llama3`, `yarn`, `dynamic`, `longrope`, or what else stands there."""
     return str(rope.get("rope_type") or rope.get("type") or "default")
+
+
+def follows(kind: str, power: float) -> bool:
+    """Whether all old pairs of a wider head turn as fast as they did. They have their places if theta was raised.
+
+    Not so under dynamic scaling, whose power of theta has d in it once the context is exceeded, and longrope, which has
+    a factor for each pair.
+    """
+    return kind in (_BY_FREQUENCY if power == 1.0 else _BY_PLACE)
 
 
 def rotated_share(config: Config, field: str, default: float) -> float:

@@ -76,9 +76,6 @@ REPORT_SECONDS = 0.25
 #: More threads than this wait for the disk, and each has blocks of its own in memory.
 MOST_THREADS = 4
 
-#: RoPE kinds whose frequencies do not depend on d_head other than through a pair's place in it.
-_ROPE_THAT_GROWS = ("default", "linear", "llama3")
-
 
 @dataclass(frozen=True)
 class Source:
@@ -203,13 +200,12 @@ def _check_plan_is_for(source: Source, plan: GrowthPlan) -> None:
             raise GrowthError(
                 "init.parent", f"{source.folder} has {field} {value}, where the plan was made for {wants[field]}"
             )
-    rope = source.config.get("rope_parameters") or source.config.get("rope_scaling") or {}
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    wider = source.family.rotary and plan.parent.d_head != plan.child.d_head
-    if plan.preserves and wider and kind not in _ROPE_THAT_GROWS:
+    torn = source.family.torn_ropes(source.config, plan.rope_power)
+    if plan.preserves and plan.parent.d_head != plan.child.d_head and torn:
         raise GrowthError(
             "shape.d_head",
-            f"the checkpoint's RoPE ({kind}) sets its frequencies by d_head, so only {plan.parent.d_head} keeps them",
+            f"the checkpoint's RoPE ({', '.join(sorted(torn))}) sets its frequencies by d_head, so only "
+            f"{plan.parent.d_head} keeps them",
             plan.child.d_head,
         )
 
