@@ -622,7 +622,7 @@ def test_rounding_is_what_the_dtypes_say() -> None:
         assert list(widen(one, dtype) > 1) == [False, True], dtype
 
 
-# --- What the rules put where ------------------------------------------------------------------------------------------
+# --- What the rules put where -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("split", ["uneven", "diagonal"])
