@@ -20,6 +20,7 @@ import argparse
 import gc
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -78,14 +79,22 @@ def _parser() -> argparse.ArgumentParser:
     plan.set_defaults(command=_plan)
 
     grow = commands.add_parser("grow", help="grow a checkpoint and nothing else")
-    grow.add_argument("source", type=Path, metavar="SOURCE", help="a Hugging Face folder with safetensors")
-    grow.add_argument("--shape", required=True, metavar="FIELD=N,...", help="as in d_model=512,n_layers=2x")
+    grow.add_argument("source", metavar="SOURCE", help="a folder or GGUF file (./NAME or /NAME), or a name on the Hub")
+    grow.add_argument("--shape", type=_changes, default={}, metavar="FIELD=N,...", help="as in d_model=512,n_layers=2x")
     grow.add_argument("--width", default="duplicate", metavar="RULE")
     grow.add_argument("--depth", default="identity", metavar="RULE")
     grow.add_argument("--init-range", type=float, default=0.02, metavar="STD", help="of what is drawn anew")
+    grow.add_argument("--split", default="even", metavar="even|uneven|diagonal", help="of a value among its copies")
     grow.add_argument("--snr-db", type=_decibels, default=0.0, metavar="DB", help="of unseen noise, or `none`")
+    grow.add_argument("--vocab", type=int, metavar="N", help="tokens of the larger model")
+    grow.add_argument("--positions", type=int, metavar="N", help="its longest context")
     grow.add_argument("--seed", type=int, default=0)
-    grow.add_argument("--out", type=Path, required=True, metavar="DIR")
+    grow.add_argument("--out", type=Path, metavar="DIR")
+    grow.add_argument("--dtype", type=_dtype, metavar="F32|F16|BF16", help="else each tensor keeps its own")
+    grow.add_argument("--max-shard-size", type=_bytes, default="5GB", metavar="SIZE", help="of a file (default: 5GB)")
+    grow.add_argument("--text", type=Path, metavar="FILE", help="also measure both models on it (needs torch)")
+    grow.add_argument("--dry-run", action="store_true", help="say the plan and leave it at that")
+    grow.add_argument("--json", action="store_true", help="a line of JSON for each report of progress, and at the end")
     grow.set_defaults(command=_grow)
 
     verify = commands.add_parser("verify", help="does one checkpoint compute what another does?")
@@ -110,6 +119,38 @@ def _decibels(text: str) -> float | None:
         return None if text == "none" else float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}: must be a number of decibels, or `none`") from None
+
+
+def _changes(text: str) -> dict[str, str]:
+    """`d_model=512,n_layers=2x` as a mapping."""
+    changes = {}
+    for change in text.split(","):
+        field, equals, value = change.partition("=")
+        if not equals:
+            raise argparse.ArgumentTypeError(
+                f"{change!r}: write FIELD=NUMBER or FIELD=TIMESx, as in d_model=512,n_layers=2x"
+            )
+        changes[field.strip()] = value.strip()
+    return changes
+
+
+def _dtype(text: str) -> str:
+    """safetensors' name of a dtype, by that, torch's, or the usual short one."""
+    name = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "fp32": "F32", "fp16": "F16"}.get(
+        text.lower(), text.upper()
+    )
+    if name not in ("F32", "F16", "BF16"):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be F32, F16 or BF16")
+    return name
+
+
+def _bytes(text: str) -> int:
+    """`5GB` as a number of bytes; units are powers of a thousand, as the Hub's are."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)B?", text.strip(), re.IGNORECASE)
+    size = int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ")) if match else 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a size such as 5GB or 500MB")
+    return size
 
 
 # --- run --------------------------------------------------------------------------------------------------------------
@@ -297,41 +338,12 @@ def _plain(budget: Any) -> dict[str, Any]:
 
 
 def _grow(given: argparse.Namespace) -> int:
-    from pydantic import ValidationError
+    from trainer import grow
 
-    from trainer.families import FamilyError, family_of, read_config
-    from trainer.growth import GrowthError, plan, resolve_shape
-    from trainer.growth.apply import SourceError, grow_checkpoint
-    from trainer.shape import GrowInit
-    from trainer.spec import problems_of
-
-    try:
-        config = read_config(given.source)
-        family = family_of(config)
-        parent, n_positions, d_vocab, tied = family.shape_of(config)
-        init = GrowInit(
-            parent="source", width=given.width, depth=given.depth, init_range=given.init_range, snr_db=given.snr_db
-        )
-        child = resolve_shape(family.name, parent, _changes(given.shape))
-        growth = plan(family.name, parent, child, init, n_positions=n_positions, d_vocab=d_vocab, tied=tied)
-        grow_checkpoint(given.source, given.out, growth, given.seed)
-    except ValidationError as error:
-        for problem in problems_of(error):
-            print(f"--{problem}", file=sys.stderr)
+    if given.out is None and not given.dry_run:
+        print("--out DIR: says where the larger model goes", file=sys.stderr)
         return 2
-    except GrowthError as error:
-        print(f"--{error}", file=sys.stderr)
-        return 2
-    except FileExistsError as error:
-        print(f"--out: {error}", file=sys.stderr)
-        return 2
-    except (FamilyError, SourceError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(f"{given.out}: {growth.because}")
-    for warning in growth.warnings:
-        print(warning)
-    return 0
+    return grow.main(given)
 
 
 def _verify(given: argparse.Namespace) -> int:
@@ -346,17 +358,6 @@ def _verify(given: argparse.Namespace) -> int:
         return 2
     print(json.dumps(found.plain(), indent=1) if given.json else table(found))
     return {"kept": 0, "changed": 1, "unknown": 2}[found.verdict]
-
-
-def _changes(text: str) -> dict[str, str]:
-    """`d_model=512,n_layers=2x` as a mapping. Raises ValueError, naming what is wrong."""
-    changes = {}
-    for change in text.split(","):
-        field, equals, value = change.partition("=")
-        if not equals:
-            raise ValueError(f"--shape {change!r}: write FIELD=NUMBER or FIELD=TIMESx, as in d_model=512,n_layers=2x")
-        changes[field.strip()] = value.strip()
-    return changes
 
 
 if __name__ == "__main__":

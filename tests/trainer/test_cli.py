@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 import termios
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.trainer.texts import LARGE, command, events, experiment, last, losses, trainer, write
-from trainer.__main__ import cores
+from trainer.__main__ import cores, main
 from trainer.events import parse_event
 from trainer.run import run
 from trainer.spec import ExperimentSpec, parse_spec
@@ -233,16 +235,43 @@ def test_what_was_planned_is_what_is_built(text: Path, tmp_path: Path, cache: Pa
         assert sum(p.numel() for p in model.parameters()) == planned["parameters"]
 
 
-def test_grow_makes_a_checkpoint_that_says_what_its_source_says(text: Path, tmp_path: Path, cache: Path) -> None:
+def test_grow_makes_a_checkpoint_that_says_what_its_source_says(
+    text: Path, tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     trained(experiment(text), tmp_path, cache, "small")
     source, out = tmp_path / "small" / "model", tmp_path / "grown"
     shape = ",".join(f"{field}={value}" for field, value in LARGE.items())
-    done = trainer("grow", source, "--shape", shape, "--width", "duplicate", "--depth", "identity", "--out", out)
+    arguments = ("grow", source, "--shape", shape, "--width", "duplicate", "--depth", "identity")
+
+    def grow(*further: object) -> tuple[int, dict[str, Any]]:
+        code = main([str(argument) for argument in (*arguments, *further, "--json")])
+        return code, json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    done = trainer(*arguments, "--out", out)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith(f"{out}: ")
+    assert "duplicate and identity: keeps what the parent computes." in done.stdout
+    assert re.search(r"Certificate: all \d+ tensors keep the parent's function; the largest residual is ", done.stdout)
+    code, said = grow("--vocab", 330, "--dry-run")
+    assert (code, said["kind"], said["preserves"], said["parent_d_vocab"], said["d_vocab"]) == (
+        0,
+        "plan",
+        True,
+        320,
+        330,
+    )
+    code, report = grow("--out", tmp_path / "half", "--dtype", "bf16", "--max-shard-size", "20KB", "--text", __file__)
+    assert (code, report["kind"], report["preserves"]) == (0, "grown", True)
+    assert report["residual"] == max(report["tensors"].values())
+    assert report["measured"]["n_tokens"] > 1000
+    assert len(list((tmp_path / "half").glob("*.safetensors"))) > 2
+    code, report = grow("--out", tmp_path / "other", "--vocab", 330, "--text", __file__)
+    assert (code, report["parameters"], report["measured"]) == (0, said["parameters"], None)
+    assert "vocabularies" in report["not_measured"]
+    code, report = grow("--out", tmp_path / "other")
+    assert (code, report["kind"], report["field"]) == (2, "failed", "out")
     ids = AutoTokenizer.from_pretrained(out)("def main():\n    return", return_tensors="pt").input_ids
     with torch.no_grad():
         old, new = (AutoModelForCausalLM.from_pretrained(folder)(ids).logits for folder in (source, out))

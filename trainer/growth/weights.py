@@ -41,8 +41,8 @@ EPSILON = {"F64": 2.0**-53, "F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}
 
 INDEX = "model.safetensors.index.json"
 
-#: Bytes up to which scattered rows are read together with what lies between them.
-_SPAN = 1 << 22
+#: Bytes: where the runs of rows that are wanted are shorter, they are read with what lies between them.
+_PIECE = 1 << 12
 
 
 class SourceError(ValueError):
@@ -130,14 +130,15 @@ class Tensor:
             return self._read(start, max(0, stop - start))
         if len(rows) == 0:
             return self._read(0, 0)
+        cuts = (np.flatnonzero(np.diff(rows) != 1) + 1).tolist()
+        if not cuts:
+            return self._read(int(rows[0]), len(rows))
         first, last = int(rows.min()), int(rows.max())
-        if last - first + 1 == len(rows) and (len(rows) == 1 or bool((np.diff(rows) == 1).all())):
-            return self._read(first, len(rows))
-        if (last - first + 1) * self._row_bytes <= max(_SPAN, 2 * len(rows) * self._row_bytes):
+        scattered = len(rows) * self._row_bytes < _PIECE * len(cuts)
+        if scattered and last - first < 4 * len(rows):
             return self._read(first, last - first + 1).take(rows - first, axis=0)
         taken = np.empty((len(rows), *self._row), STORED[self.dtype])
-        runs = np.flatnonzero(np.diff(rows) != 1) + 1
-        for start, stop in zip([0, *runs.tolist()], [*runs.tolist(), len(rows)], strict=True):
+        for start, stop in zip([0, *cuts], [*cuts, len(rows)], strict=True):
             self._fill(taken[start:stop], int(rows[start]))
         return taken
 
@@ -256,6 +257,11 @@ class Entry:
         return prod(self.shape) * itemsize(self.dtype)
 
 
+def _by_parts(entry: Entry) -> list[tuple[int, int, str]]:
+    """transformers' order: part by part of the name, numbers by their size and before words."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in entry.name.split(".")]
+
+
 class Shards:
     """A model's files in `folder`, named and split as transformers does, filled tensor by tensor.
 
@@ -266,7 +272,7 @@ class Shards:
     def __init__(self, folder: Path, entries: Sequence[Entry], max_shard_bytes: int):
         from huggingface_hub import split_state_dict_into_shards_factory
 
-        by_name = {entry.name: entry for entry in entries}
+        by_name = {entry.name: entry for entry in sorted(entries, key=_by_parts)}
         split = split_state_dict_into_shards_factory(
             by_name,
             get_storage_size=lambda entry: entry.nbytes,
