@@ -161,7 +161,7 @@ def test_the_first_start_runs_an_experiment_and_the_second_does_not(site: Site) 
 
 
 def test_ending_the_site_ends_no_training_and_the_next_start_takes_it_up(site: Site) -> None:
-    site.up(FAKE_STEP_SECONDS="0.1")
+    site.up(FAKE_STEP_SECONDS="0.05")
     eventually(lambda: "running" in site.states().values() if site.says("First experiment") else False)
     eventually(lambda: len(site.trainers()) == 2)
     site.process.terminate()
@@ -175,7 +175,7 @@ def test_ending_the_site_ends_no_training_and_the_next_start_takes_it_up(site: S
 
 
 def test_a_killed_supervisor_leaves_nothing_behind_but_training(site: Site) -> None:
-    site.up(FAKE_STEP_SECONDS="0.1")
+    site.up(FAKE_STEP_SECONDS="0.05")
     eventually(lambda: len(site.trainers()) == 2, what="for training")
     kill(site.process.pid)
     site.wait()
@@ -190,7 +190,7 @@ def test_a_killed_supervisor_leaves_nothing_behind_but_training(site: Site) -> N
 
 
 def test_whatever_is_killed_comes_back(site: Site) -> None:
-    site.up(FAKE_STEP_SECONDS="0.1")
+    site.up(FAKE_STEP_SECONDS="0.05")
     eventually(lambda: len(site.trainers()) == 2, what="for training")
     before = eventually(lambda: services if len(services := site.services()) == 4 else None)
     for pid in before.values():
