@@ -126,7 +126,7 @@ def test_the_sites_processes_are_killed_one_after_the_other(live: Live, sshd: Ss
     start = {"work": live.worker, "reconcile": live.reconciler, "collect": lambda: live.start("collect")}
     running = {name: start[name]() for name in start}
     host = sshd.host(owner, slots=2, before=sshd.lines(FAKE_STEP_SECONDS="0.02"))
-    experiment = submit(owner, host, steps=200)
+    experiment = submit(owner, host, steps=400)
 
     def goes_on() -> None:
         before = sum(run.step for run in experiment.runs.all())
