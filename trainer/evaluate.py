@@ -82,14 +82,16 @@ def compare(parent: Any, child: Any, held_out: Windows) -> dict[str, float | int
     """What growth did: both models on the same held-out tokens, in float32, no step taken between.
 
     max_logit_difference is over all positions and the whole vocabulary, logit_scale the parent's largest |logit| there;
-    kl_divergence is KL(parent || child) in nats a token.
+    kl_divergence is KL(parent || child) in nats a token. A child's further tokens are left out of all of it: the
+    parent's vocabulary is what both have.
     """
     device = child.device
     before, after, kl = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(3))
     largest, scale = (torch.zeros((), device=device) for _ in range(2))
     for batch in _batches(held_out, device):
         both = zip(_logits(parent.eval(), batch), _logits(child.eval(), batch), strict=True)
-        for (old, targets), (new, _) in both:
+        for (old, targets), (whole, _) in both:
+            new = whole[:, : old.shape[1]]
             old_log, new_log = old.log_softmax(-1), new.log_softmax(-1)
             before += F.nll_loss(old_log, targets, reduction="sum").double()
             after += F.nll_loss(new_log, targets, reduction="sum").double()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,17 @@ import torch
 
 from trainer import attention, budget, evaluate, train
 from trainer.data import Prepared
-from trainer.endings import CheckpointError, DataError
+from trainer.endings import CheckpointError, DataError, StopRequested
 from trainer.families import Described, FamilyError, build_model, get_family, read_config
 from trainer.growth import GrowthError, GrowthPlan, plan
 from trainer.growth.apply import SourceError, grow_checkpoint
+from trainer.growth.learn import Learned, learn
+from trainer.growth.lineage import lineage
 from trainer.growth.moments import LrScale, grow_moments, lr_scales
 from trainer.processes import Processes
 from trainer.shape import CheckpointInit, GrowInit, RandomInit, Shape
 from trainer.spec import ExperimentSpec, TrainSpec, for_transformers
+from trainer.symmetry import Symmetry, whole_axes
 from trainer.train import Fields, State
 
 #: Growth is measured on at most this many held-out tokens, in float32.
@@ -69,9 +72,10 @@ class Maker:
         prepared: Prepared,
         device: torch.device,
         processes: Processes,
+        stop: Callable[[], bool],
     ):
         self.spec, self.name, self.directory, self.prepared = spec, name, directory, prepared
-        self.device, self.processes = device, processes
+        self.device, self.processes, self.stop = device, processes, stop
         self.wanted, self.settings = spec.models[name], spec.train_of(name)
         self.family = get_family(self.wanted.family)
 
@@ -93,12 +97,13 @@ class Maker:
                 f"{init.parent} was trained with another tokenizer than {self.name} would be: the text has changed "
                 "since. Train both in a new run."
             )
-        return self._grown(init, source, init.parent, shape, 0, precision)
+        return self._grown(init, source, init.parent, shape, 0, 0, precision)
 
-    def next(self, source: Path, shape: Shape, stage: int, precision: str) -> Made:
-        """Grown from one of the run's own checkpoints, as its stage number `stage` begins."""
+    def next(self, shape: Shape, stage: int, step: int, precision: str) -> Made:
+        """Grown from the run's own checkpoint after `step` steps, where its stage number `stage` begins."""
         assert isinstance(self.wanted.init, GrowInit)
-        return self._grown(self.wanted.init, source, self.name, shape, stage, precision)
+        source = self.directory / train.checkpoint_path(step)
+        return self._grown(self.wanted.init, source, self.name, shape, stage, step, precision)
 
     def resumed(self, folder: Path, shape: Shape | None, stage: int, record: Fields) -> Made:
         """From a checkpoint, of stage number `stage`, and what it says of how it came to its size."""
@@ -169,17 +174,23 @@ class Maker:
 
     # Grown ---------------------------------------------------------------------------------------------------------
 
-    def _grown(self, init: GrowInit, source: Path, parent: str, shape: Shape, stage: int, precision: str) -> Made:
+    def _grown(
+        self, init: GrowInit, source: Path, parent: str, shape: Shape, stage: int, step: int, precision: str
+    ) -> Made:
         start = time.perf_counter()
-        weights = self.directory / ".grown"
+        weights, learned = self.directory / ".grown", None
         try:
-            described = get_family(self.wanted.family).shape_of(read_config(source))
+            if not self.processes.first:
+                self.processes.wait()  # until the first has grown it: before, its source may not be there either
+            described = self.family.shape_of(read_config(source))
             growth = self._plan(init, described, shape, self._asked(init, stage))
             if self.processes.first:
                 shutil.rmtree(weights, ignore_errors=True)
                 # Noise of a later growth is to be none that is in the weights already.
                 grow_checkpoint(source, weights, growth, self.settings.seed + (stage << 32))
-            self.processes.wait()
+                if init.learn_steps:
+                    learned = self._learn(init, source, weights, growth, stage, step, precision)
+                self.processes.wait()
             child = load_model(weights, self.device)
             record = self._record(init, described, growth, source)
             made = self._ready(child, shape, growth, record)
@@ -200,14 +211,68 @@ class Maker:
             "parent": parent,
             "width": init.width,
             "depth": init.depth,
-            "preserves": growth.preserves,
+            "preserves": growth.preserves and learned is None,
             **evaluate.compare(old, child, held_out),
             "seconds": time.perf_counter() - start,
             "new_parameters": _count(child) - _count(old),
             "parameters": _count(child),
             "optimizer": init.optimizer,
+            "lineage": lineage(growth).model_dump(mode="json"),
+            "symmetry": whole_axes(Symmetry(child, growth).measure()),
         }
-        return replace(made, grown=grown)
+        if learned is None:
+            return replace(made, grown=grown)
+        grown["learned"] = {
+            "steps": init.learn_steps,
+            "tokens": init.learn_steps * self.settings.tokens_per_step,
+            "loss_before": learned.losses[0],
+            "loss_after": learned.losses[-1],
+            "flops": learned.flops,
+            "seconds": learned.seconds,
+            "peak_memory_bytes": learned.peak_bytes,
+        }
+        return replace(
+            made,
+            grown=grown,
+            learning_flops=learned.flops,
+            learning_seconds=learned.seconds,
+            learning_bytes=learned.peak_bytes,
+        )
+
+    def _learn(
+        self, init: GrowInit, source: Path, weights: Path, growth: GrowthPlan, stage: int, step: int, precision: str
+    ) -> Learned:
+        """Train the maps, and put what they make into the folder of the plan's child.
+
+        On batches in an order of their own: those of training are to be as new to this model as to any other.
+        """
+        child = load_model(weights, self.device)
+        batches = train.Batches(
+            self.prepared.train.array(),
+            self.settings.n_ctx,
+            self.settings.batch_size,
+            self.spec.train.seed + (stage + 1 << 32),
+        )
+
+        def progress(done: int, total: int, loss: float) -> None:
+            if self.stop():
+                raise StopRequested(step, str(train.checkpoint_path(step)) if step else None)
+
+        learned = learn(
+            load_model(source, self.device),
+            growth,
+            child.state_dict(),
+            (batches.at(at, self.device) for at in range(init.learn_steps)),
+            steps=init.learn_steps,
+            lr=init.learn_lr,
+            seed=self.settings.seed,
+            device=self.device,
+            progress=progress,
+            precision=precision,
+        )
+        child.load_state_dict(learned.state)
+        child.save_pretrained(weights)
+        return learned
 
     def _plan(self, init: GrowInit, parent: Described, shape: Shape, asked: Shape | None) -> GrowthPlan:
         """`asked`: the parent's shape as the spec has it. A grown one has the eps that its growth needed, so an eps

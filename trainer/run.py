@@ -46,6 +46,9 @@ from trainer.spec import DataSpec, ExperimentSpec, SpecError, TrainSpec, load_sp
 if TYPE_CHECKING:
     import torch
 
+    from trainer.models import Made
+    from trainer.train import State
+
 #: An event's fields, its kind included; the log adds number and time.
 Fields = dict[str, Any]
 
@@ -205,7 +208,7 @@ def _story(
     _check_stages(name, stages, total_steps)
     validation = evaluate.windows(prepared.validation.array(), settings.n_ctx, settings.eval_tokens)
     test = evaluate.windows(prepared.test.array(), settings.n_ctx, TEST_TIMES * settings.eval_tokens)
-    makes = models.Maker(spec, name, directory, prepared, device, processes)
+    makes = models.Maker(spec, name, directory, prepared, device, processes, stop)
 
     identity = {"the text": prepared.fingerprint, "the number of steps": total_steps, "the seed": settings.seed}
     resumed = train.checkpoints(directory)[-1:]
@@ -271,14 +274,15 @@ def _story(
             stage_end=None if last else stages[state.stage].end,
             growth=made.record,
         )
-        state = yield from train.train(made.model, made.optimizer, task, state, stop)
+        stretch = train.train(made.model, made.optimizer, task, state, stop)
+        state = yield from (_watched(stretch, made, settings, state.stage_step) if processes.first else stretch)
         if last:
             break
-        began, source = time.perf_counter(), directory / train.checkpoint_path(state.step)
-        del made  # both sizes will be there when the growth is measured: a third copy would be too many
+        began = time.perf_counter()
+        del made, stretch  # both sizes will be there when the growth is measured: a third copy would be too many
         following = stages[state.stage + 1].shape
         assert following is not None
-        made = makes.next(source, following, state.stage + 1, precision)
+        made = makes.next(following, state.stage + 1, state.step, precision)
         seconds = state.setup_seconds + time.perf_counter() - began - made.learning_seconds
         state = made.charged_to(replace(state, stage=state.stage + 1, stage_step=state.step, setup_seconds=seconds))
 
@@ -401,6 +405,35 @@ def _check_stages(name: str, stages: list[budget.Stage], total_steps: int) -> No
             f"models.{name}.init.ladder: its last growth would be after {stages[-1].begin} steps, but num_epochs ends "
             f"training after {total_steps}; fewer steps before it, or more epochs, would be right."
         )
+
+
+def _watched(
+    events: Generator[Fields, None, State], made: Made, settings: TrainSpec, began: int
+) -> Generator[Fields, None, State]:
+    """What `train` tells of a grown model, with how far its copies have parted at each evaluation.
+
+    A warning follows where they are still alike at the first that is made once warm-up is over and the model has been
+    trained for `eval_every` steps since it grew, after `began` steps.
+    """
+    from trainer.symmetry import Symmetry, warning, whole_axes
+
+    if made.plan is None:
+        return (yield from events)
+    symmetry, every = Symmetry(made.model, made.plan), settings.eval_every
+    due = max(began + every, settings.warmup_steps)
+    while True:
+        try:
+            fields = next(events)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
+        if fields["kind"] != "eval":
+            yield fields
+            continue
+        rows = symmetry.measure()
+        yield {**fields, "symmetry": whole_axes(rows)}
+        before = (fields["step"] - 1) // every * every  # the evaluation before this one
+        if before < due <= fields["step"] and (message := warning(rows)):
+            yield {"kind": "warning", "message": message}
 
 
 def _optimizer_is_wanted(spec: ExperimentSpec, name: str) -> bool:

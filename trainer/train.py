@@ -104,7 +104,6 @@ class Task:
     processes: Processes = field(default_factory=Processes)
     stage_end: int | None = None  # the step after which the model grows; None where it is trained to the end
     growth: Fields = field(default_factory=dict)  # what a checkpoint says of how the model came about, as JSON
-    more: Callable[[Any], Fields] = lambda model: {}  # of a model, for its `eval` events
 
     @property
     def end(self) -> int:
@@ -135,7 +134,7 @@ def train(
         due = step % settings.eval_every == 0 or step == task.end
         if due and step != resumed_from:
             yield from meter.flush()
-            yield {"kind": "eval", "split": "validation", **meter.evaluate(model), **task.more(model)}
+            yield {"kind": "eval", "split": "validation", **meter.evaluate(model)}
         if step == task.end:
             yield from meter.flush()
             if task.stage_end is not None and step != resumed_from and processes.first:

@@ -11,6 +11,7 @@ import pytest
 from tests.trainer.texts import LARGE, SMALL, events, experiment, last, losses
 from trainer import budget, train
 from trainer.events import Event
+from trainer.families import read_config
 from trainer.run import run
 from trainer.shape import Shape
 from trainer.spec import ExperimentSpec, parse_spec
@@ -58,6 +59,10 @@ def test_a_model_goes_up_its_ladder_and_each_step_costs_what_its_size_costs(
     )
     assert (first["parameters"], second["parameters"], second["new_parameters"]) == (middle, large, large - middle)
     assert events(directory, "prepared")[0]["parameters"] == large
+    assert not events(directory, "warning")
+    assert (first["optimizer"], first["learned"], second["lineage"]["width"]) == ("grown", None, "duplicate")
+    (embed,) = (row for row in second["symmetry"] if row["axis"] == "embed")
+    assert (embed["width"], embed["least_width"], embed["effective_width"]) == (32, 16, 32)
     for grown in (first, second):
         assert grown["preserves"]
         assert grown["cross_entropy_after"] == pytest.approx(grown["cross_entropy_before"], abs=1e-5)
@@ -105,7 +110,7 @@ def test_a_grown_model_goes_on_as_its_parent_would_if_rates_and_moments_are_grow
 ) -> None:
     """The child of a ladder sees the batches that come next: the one comparison in which nothing but growth differs."""
     held = experiment(
-        text, max_steps=30, schedule="constant", warmup_steps=0, grad_clip=None, lr=3e-3, eval_every=30
+        text, max_steps=30, schedule="constant", warmup_steps=0, grad_clip=None, lr=3e-3, eval_every=10
     ).model_dump(mode="json")
     wide = LARGE | {"n_layers": SMALL["n_layers"]}
     grow = {"kind": "grow", "parent": "small", "snr_db": None, "optimizer": "grown"}
@@ -125,5 +130,51 @@ def test_a_grown_model_goes_on_as_its_parent_would_if_rates_and_moments_are_grow
     going_on = found["going_on"]
     assert len(going_on) == 30
     assert found["by_width"] == pytest.approx(going_on, rel=2e-5)
+    # Alike for ever: with nothing to part them, copies get equal gradients.
+    notes = {name: events(tmp_path / name, "warning") for name in found}
+    assert {name for name, said in notes.items() if said} == {"by_width", "one_rate", "fresh"}
+    assert len(notes["by_width"]) == 1
+    assert "extra width learns nothing" in notes["by_width"][0]["message"]
+    measured = {e["step"]: e["symmetry"] for e in events(tmp_path / "by_width", "eval") if e["split"] == "validation"}
+    assert measured[0] == measured[10] == []
+    assert {row["axis"]: row["effective_width"] for row in measured[30]}["embed"] == SMALL["d_model"]
     for other in ("one_rate", "fresh"):
         assert max(abs(found[other][step] - going_on[step]) for step in range(11, 31)) > 1e-2
+
+
+def test_what_learning_the_maps_costs_is_its_models_and_the_tables_may_grow_too(
+    text: Path, tmp_path: Path, go: Any
+) -> None:
+    held = laddered(text).model_dump(mode="json")
+    held["models"]["scaled"]["init"] |= {"ladder": [], "learn_steps": 3, "d_vocab": 336, "n_positions": 48}
+    spec = parse_spec(held)
+    for name in spec.models:
+        assert go(spec, name, tmp_path)[-1].kind == "finished"
+    directory = tmp_path / "scaled"
+    (grown,) = events(directory, "grown")
+    learned, tokens = grown["learned"], 4 * 32
+    assert (learned["steps"], learned["tokens"], grown["preserves"]) == (3, 3 * tokens, False)
+    assert learned["loss_after"] != learned["loss_before"]
+
+    large = Shape.model_validate(LARGE)
+    per_token = budget.flops_per_token("llama", large, 32, 336, True)
+    first, *_, final = (e for e in events(directory, "eval") if e["split"] == "validation")
+    assert (first["step"], first["tokens"], first["flops"]) == (0, 0, learned["flops"])
+    assert first["train_seconds"] == learned["seconds"]
+    assert final["flops"] == learned["flops"] + 10 * tokens * per_token
+    assert last(directory)["peak_memory_bytes"] >= learned["peak_memory_bytes"]
+
+    prepared, planned = events(directory, "prepared")[0], budget.sheet(spec)["scaled"]
+    size = budget.parameters("llama", large, 48, 336, True).total
+    assert (prepared["d_vocab"], prepared["parameters"], planned.parameters) == (336, size, size)
+    assert planned.flops == pytest.approx(final["flops"], rel=1e-12)
+    bare = budget.sheet(parse_spec(held | {"models": held["models"] | {"scaled": unlearned(held)}}))["scaled"]
+    assert bare.memory_bytes is not None
+    assert planned.memory_bytes is not None
+    assert planned.memory_bytes > bare.memory_bytes
+    assert read_config(directory / "model")["max_position_embeddings"] == 48
+
+
+def unlearned(held: dict[str, Any]) -> dict[str, Any]:
+    model: dict[str, Any] = held["models"]["scaled"]
+    return model | {"init": model["init"] | {"learn_steps": 0}}
