@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.trainer.pico import D_VOCAB, N_POSITIONS, PARENT, child, grow, logits, save
-from tests.trainer.texts import events, experiment, last, trainer, write
+from tests.trainer.texts import events, experiment
+from trainer.budget import sheet
 from trainer.families import get_family, read_config
 from trainer.families.gpt_neox import rotated_share
 from trainer.families.rope import share_of
@@ -24,6 +25,7 @@ from trainer.growth.depth import Block
 from trainer.growth.exactness import broken
 from trainer.growth.maps import place
 from trainer.growth.width import WIDTH_RULES
+from trainer.run import run
 from trainer.shape import Shape
 
 PICO = PARENT["gpt_neox"]
@@ -171,14 +173,12 @@ def test_the_output_head_is_known_by_both_of_its_names(head: str, tmp_path: Path
 
 
 def test_an_experiment_of_a_gpt_neox_runs_and_its_growth_is_exact(text: Path, tmp_path: Path, cache: Path) -> None:
-    spec = write(experiment(text, "gpt_neox"), tmp_path / "spec.json")
-    figures = json.loads(trainer("plan", spec, "--json").stdout)
-    done = trainer("run", spec, "--out", tmp_path / "out", "--cache", cache, "--threads", 1)
-
-    assert (done.returncode, done.stderr) == (0, "")
-    for name, planned in figures.items():
-        assert last(tmp_path / "out" / name)["kind"] == "finished"
-        assert events(tmp_path / "out" / name, "prepared")[0]["parameters"] == planned["parameters"]
+    spec = experiment(text, "gpt_neox")
+    planned = sheet(spec)
+    for name in spec.order():
+        said = list(run(spec, name, tmp_path / "out" / name, cache=cache, threads=1))
+        assert said[-1].kind == "finished"
+        assert events(tmp_path / "out" / name, "prepared")[0]["parameters"] == planned[name].parameters
     [growth] = events(tmp_path / "out/scaled", "grown")
     assert growth["preserves"]
     assert growth["max_logit_difference"] < 1e-4
