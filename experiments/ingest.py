@@ -52,6 +52,7 @@ def ingest(run: ModelRun, chunk: bytes, offset: int) -> int:
                 if event.kind == "train" or (event.kind == "eval" and event.split != "train"):
                     point = _point(run, event)
                     points[point.split, point.step] = point  # PostgreSQL refuses one row twice in a statement
+                    notes += _symmetry(run, event)
                 elif event.kind not in _NOT_NOTED:
                     notes.append(Note(run=run, seq=event.seq, at=event.at, kind=event.kind, data=_plain(event)))
         at += len(line)
@@ -174,6 +175,13 @@ def _point(run: ModelRun, event: Any) -> Point:
     )
 
 
+def _symmetry(run: ModelRun, event: Any) -> list[Note]:
+    """How far the copies of a grown model had parted at an evaluation: of whole axes, not of each block."""
+    axes = [row.model_dump(mode="json") for row in getattr(event, "symmetry", None) or () if row.layer is None]
+    data = {"step": event.step, "symmetry": axes}
+    return [Note(run=run, seq=event.seq, at=event.at, kind="symmetry", data=data)] if axes else []
+
+
 def _known(event: Any) -> dict[str, Any]:
     """What the newest event of each kind says of the run as a whole."""
     known: dict[str, Any] = {"last_seq": event.seq, "last_event_at": event.at}
@@ -191,7 +199,8 @@ def _known(event: Any) -> dict[str, Any]:
                 "reason": Reason.TRAINING,
             }
         case "grown":
-            known |= {"grown": _plain(event)}
+            # Where each tensor comes from is long, and is kept in the note alone.
+            known |= {"grown": {name: value for name, value in _plain(event).items() if name != "lineage"}}
         case "train":
             known |= _progress(event) | {
                 "train_cross_entropy": _number(event.cross_entropy),

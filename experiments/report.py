@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
 from django.db.models import Max, Q
 
-from experiments import compare, sources
+from experiments import compare, lineages, sources
 from experiments.curves import Key, Series, curves
+from experiments.lineages import Picture
 from experiments.models import Note, Point
+from experiments.parting import Parting, parting
 from experiments.standing import Promise, RunStanding, Standing, compared, promise
 from experiments.templatetags import figures
 from trainer.shape import GrowInit
@@ -25,6 +27,8 @@ from trainer.spec import ExperimentSpec, ModelSpec
 TABLE_ROWS = 40
 #: Samples and warnings that a page looks at: the newest.
 NOTES = 1000
+#: Growths and measurements of copies that it looks at.
+GROWTH_NOTES = 5000
 
 
 class Row(NamedTuple):
@@ -41,11 +45,24 @@ class Group(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Making:
+    """How a model was made, or will be: its growths, none where they are not known yet."""
+
+    name: str
+    colour: str
+    parent_colour: str
+    pictures: tuple[Picture, ...]
+
+
+@dataclass(frozen=True)
 class Growth:
+    """What a growth did, measured; the last one of a model with what became of the copies."""
+
     name: str
     colour: str
     event: dict[str, Any]
     promise: Promise
+    parting: Parting | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +97,7 @@ class Report:
         "progress",
         "machines",
         "table",
+        "making",
         "growth",
         "samples",
         "data",
@@ -183,17 +201,51 @@ class Report:
     # Growth, samples, warnings ----------------------------------------------------------------------------------------
 
     @cached_property
-    def growth(self) -> list[Growth]:
+    def making(self) -> list[Making]:
+        planned = lineages.pictures(self.spec)
+        colours = {each.name: each.colour for each in self.models}
         return [
-            Growth(
+            Making(
                 each.name,
                 each.colour,
-                each.run.grown,
-                promise(each.run.grown, (each.run.prepared or {}).get("device")),
+                colours.get(each.parent, each.colour),
+                planned.get(each.name) or lineages.of_events(each.name, self._grown(each)),
             )
             for each in self.models
-            if each.run.grown
+            if self.spec.models[each.name].parent
         ]
+
+    @cached_property
+    def growth(self) -> list[Growth]:
+        found = []
+        for each in self.models:
+            grown = self._grown(each)
+            device = (each.run.prepared or {}).get("device")
+            found += [Growth(each.name, each.colour, event, promise(event, device)) for event in grown]
+            if grown:
+                found[-1] = replace(found[-1], parting=parting(self._measured(each)))
+        return found
+
+    def _grown(self, each: RunStanding) -> list[dict[str, Any]]:
+        """What was said of its growths, in order; of one that was repeated after a resume, what was said last."""
+        said = [note.data for note in self._growth_notes if note.kind == "grown" and note.run_id == each.run.pk]
+        by_step = {event.get("step", 0): event for event in said or [each.run.grown or {}] if event}
+        return [by_step[step] for step in sorted(by_step)]
+
+    def _measured(self, each: RunStanding) -> list[tuple[int, list[dict[str, Any]]]]:
+        return [
+            (note.data.get("step", 0), note.data["symmetry"])
+            for note in self._growth_notes
+            if note.run_id == each.run.pk and note.data.get("symmetry")
+        ]
+
+    @cached_property
+    def _growth_notes(self) -> list[Note]:
+        runs = [each.run.pk for each in self.models if each.run.grown]
+        if not runs:
+            return []
+        notes = Note.objects.filter(run__in=runs, kind__in=("grown", "symmetry"))
+        return sorted(notes.order_by("-seq")[:GROWTH_NOTES], key=lambda note: note.seq)
 
     @cached_property
     def _notes(self) -> list[Note]:

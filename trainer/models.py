@@ -217,7 +217,7 @@ class Maker:
             "new_parameters": _count(child) - _count(old),
             "parameters": _count(child),
             "optimizer": init.optimizer,
-            "lineage": lineage(growth).model_dump(mode="json"),
+            "lineage": lineage(growth).plain(),
             "symmetry": whole_axes(Symmetry(child, growth).measure()),
         }
         if learned is None:
