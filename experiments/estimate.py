@@ -7,6 +7,7 @@ finished runs of a like size; until there is one, from a low guess that says so.
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 import statistics
 from dataclasses import dataclass, field, replace
@@ -21,9 +22,10 @@ from experiments.line import most_gpus
 from experiments.models import Host, ModelRun, State
 from experiments.templatetags.figures import filesize_short, percent
 from experiments.values import document_of
-from trainer.budget import ModelBudget, sheet
-from trainer.growth import OPERATORS, GrowthError, check, plan
-from trainer.shape import GrowInit
+from trainer.budget import ModelBudget, flops_per_token, parameters, sheet
+from trainer.growth import OPERATORS, GrowthError, GrowthPlan, learned, plan
+from trainer.growth.advice import Advice, reason, recommend
+from trainer.shape import GrowInit, Shape
 from trainer.spec import DataSpec, ExperimentSpec, ModelSpec
 
 #: Training FLOPs per second of one core before anything was measured: what small models reach on an old laptop's.
@@ -32,6 +34,8 @@ GUESSED_FLOPS_PER_CORE = 2e10
 GUESSED_BESIDES = 10.0
 #: A run shorter than this says more about starting than about training.
 SHORTEST_MEASURED_SECONDS = 2.0
+#: Parameters that growth writes and checks in a second, before anything was measured: a slow disk's pace.
+GUESSED_GROWN_PER_SECOND = 2e7
 #: Of so many newest runs, so many that are nearest in size speak: pico models run at a fraction of a large one's rate.
 RECENT_RUNS, MEASURED_RUNS = 60, 9
 
@@ -117,18 +121,53 @@ def memory_bytes(host: Host | None = None) -> int | None:
 
 
 class Verdict(NamedTuple):
-    """What a rule of growth does to these very shapes."""
+    """What growth, or a rule of it, does to these very shapes."""
 
     kind: str  # "keeps", "changes" or "impossible"
-    text: str
+    text: str  # why
 
     @property
     def word(self) -> str:
         return {
             "keeps": "keeps the function for these shapes",
-            "changes": "does not keep the function",
+            "changes": "changes the function",
             "impossible": "cannot be used for these shapes",
         }[self.kind]
+
+    @property
+    def short(self) -> str:
+        """Where it is said already that it is these shapes."""
+        return {
+            "keeps": "keeps the function",
+            "changes": "changes the function",
+            "impossible": "cannot be used",
+        }[self.kind]
+
+
+class Cost(NamedTuple):
+    """What growing in one half adds, width or depth, and then what both do."""
+
+    parameters: int | None  # None: not counted before the vocabulary is known
+    flops_ratio: float | None  # of training on a token, large's to small's
+
+
+class Chosen(NamedTuple):
+    """The two shapes and the growth between them, as far as each can be read."""
+
+    family: str
+    tied: bool
+    small: Shape
+    large: Shape
+    init: GrowInit
+
+    @property
+    def wide(self) -> Shape:
+        """As wide as large and as deep as small."""
+        return self.large.model_copy(update={"n_layers": self.small.n_layers})
+
+    @property
+    def deep(self) -> Shape:
+        return self.small.model_copy(update={"n_layers": self.large.n_layers})
 
 
 @dataclass
@@ -136,6 +175,11 @@ class Estimate:
     models: list[ModelBudget] = field(default_factory=list)
     growth: Verdict | None = None
     rules: dict[str, Verdict] = field(default_factory=dict)  # "width_duplicate" -> what it does by itself
+    chosen: Chosen | None = None
+    advice: Advice | None = None
+    costs: dict[str, Cost] = field(default_factory=dict)  # "width", "depth", "both"
+    growing_seconds: float | None = None
+    learning_flops: float | None = None  # of training the maps, where that is asked for
     warnings: list[str] = field(default_factory=list)
     hints: list[str] = field(default_factory=list)
     speed: Speed | None = None
@@ -167,10 +211,16 @@ def estimate(form: ExperimentForm) -> Estimate:
         speed = speed_of(runs, max((_flops_per_step(budget) or 0.0 for budget in budgets.values()), default=0.0))
     places = ((most_gpus(host) or 0) * host.runs_per_gpu or host.slots) if host else settings.LOCAL_SLOTS
     shown = [budgets[name] for name in spec.models]
+    chosen = chosen_growth(form)
     return Estimate(
         models=shown,
-        growth=_growth(spec, form),
-        rules=_rules(spec, form),
+        growth=chosen and _growth(chosen, spec),
+        rules=rules_of(chosen) if chosen else {},
+        chosen=chosen,
+        advice=chosen and advice_of(chosen),
+        costs=costs_of(chosen, spec.train.n_ctx, spec.data.tokenizer.d_vocab) if chosen else {},
+        growing_seconds=_growing_seconds(budgets, host),
+        learning_flops=_learning_flops(chosen, spec) if chosen else None,
         warnings=_memory_warnings(shown, memory, host, places) + _plan_warnings(shown),
         hints=_ratios(shown),
         unknown=_unknown(spec, shown),
@@ -185,64 +235,116 @@ def estimate(form: ExperimentForm) -> Estimate:
 # Growth ---------------------------------------------------------------------------------------------------------------
 
 
-def _pair(form: ExperimentForm) -> tuple[ModelSpec, ModelSpec] | None:
+def chosen_growth(form: ExperimentForm) -> Chosen | None:
     """Small and the shape to grow it to, as far as each is right by itself: growth between them may be impossible."""
     document = document_of(form.typed)["models"]
+    grow = document["scaled"].pop("init")
     try:
         small = ModelSpec.model_validate(document["small"])
-        large = ModelSpec.model_validate({**document["scaled"], "init": {"kind": "random"}})
+        large = ModelSpec.model_validate(document["scaled"])
+        init = GrowInit.model_validate(grow)
     except ValueError:
         return None
-    return (small, large) if small.shape and large.shape else None
-
-
-def _growth(spec: ExperimentSpec, form: ExperimentForm) -> Verdict | None:
-    """What the chosen pair of rules does to these shapes."""
-    pair, values = _pair(form), form.typed
-    if pair is None or "width" not in values or "depth" not in values:
+    if small.shape is None or large.shape is None or "width" not in form.typed or "depth" not in form.typed:
         return None
-    return _verdict(*pair, _init(width=values["width"], depth=values["depth"]), spec)
+    return Chosen(small.family, small.tie_embeddings, small.shape, large.shape, init)
 
 
-def _rules(spec: ExperimentSpec, form: ExperimentForm) -> dict[str, Verdict]:
+def _growth(chosen: Chosen, spec: ExperimentSpec) -> Verdict:
+    """What the growth that was chosen does to these shapes, all its stages together."""
+    shapes = [chosen.small, *(rung.shape for rung in chosen.init.ladder), chosen.large]
+    judged = [_verdict(chosen, a, b, chosen.init, spec) for a, b in itertools.pairwise(shapes)]
+    for kind in ("impossible", "changes"):
+        for number, verdict in enumerate(judged, start=1):
+            if verdict.kind == kind:
+                where = f"Growth {number} of {len(judged)}: " if len(judged) > 1 else ""
+                return Verdict(kind, f"{where}{verdict.text}")
+    if chosen.init.learn_steps:
+        return Verdict("changes", "The maps begin as those of the two rules, and are trained before they are applied.")
+    return judged[0] if len(judged) == 1 else Verdict("keeps", f"So do all {len(judged)} growths.")
+
+
+def rules_of(chosen: Chosen) -> dict[str, Verdict]:
     """Each rule by itself: a width rule at small's depth, a depth rule at small's width."""
-    pair = _pair(form)
-    if pair is None:
-        return {}
-    small, large = pair
-    assert small.shape is not None
-    assert large.shape is not None
-    wide = large.model_copy(update={"shape": large.shape.model_copy(update={"n_layers": small.shape.n_layers})})
-    deep = small.model_copy(update={"shape": small.shape.model_copy(update={"n_layers": large.shape.n_layers})})
     found = {}
-    for rule in OPERATORS["width"]:
-        found[f"width_{rule.key}"] = _verdict(small, wide, _init(width=rule.key), spec)
-    for rule in OPERATORS["depth"]:
-        found[f"depth_{rule.key}"] = _verdict(small, deep, _init(depth=rule.key), spec)
+    for kind, target in (("width", chosen.wide), ("depth", chosen.deep)):
+        for rule in OPERATORS[kind]:  # type: ignore[index]
+            init = GrowInit.model_validate({"parent": "small", kind: rule.key})
+            found[f"{kind}_{rule.key}"] = _verdict(chosen, chosen.small, target, init)
     return found
 
 
-def _init(**rules: str) -> GrowInit:
-    return GrowInit.model_validate({"parent": "small", **rules})
-
-
-def _verdict(small: ModelSpec, large: ModelSpec, init: GrowInit, spec: ExperimentSpec) -> Verdict:
-    assert small.shape is not None
-    assert large.shape is not None
+def _verdict(
+    chosen: Chosen, parent: Shape, child: Shape, init: GrowInit, spec: ExperimentSpec | None = None
+) -> Verdict:
     try:
-        check(small.family, small.shape, large.shape, init)
-        found = plan(
-            small.family,
-            small.shape,
-            large.shape,
-            init,
-            n_positions=spec.train.n_ctx,
-            d_vocab=spec.data.tokenizer.d_vocab or 256,  # how many tokens there are changes nothing here
-            tied=small.tie_embeddings,
-        )
+        found = _plan(chosen, parent, child, init, spec)
     except GrowthError as error:
-        return Verdict("impossible", error.message)
-    return Verdict("keeps" if found.preserves else "changes", found.because)
+        return Verdict("impossible", f"{error.message[:1].upper()}{error.message[1:]}.")
+    return Verdict("keeps" if found.preserves else "changes", reason(found))
+
+
+def _plan(chosen: Chosen, parent: Shape, child: Shape, init: GrowInit, spec: ExperimentSpec | None) -> GrowthPlan:
+    d_vocab = spec.data.tokenizer.d_vocab if spec else None
+    if d_vocab is None:  # how many tokens there are changes nothing but what is said of further ones
+        init = init.model_copy(update={"d_vocab": None})
+    n_positions = spec.train.n_ctx if spec else 1
+    sizes: dict[str, Any] = {"n_positions": n_positions, "d_vocab": d_vocab or 1, "tied": chosen.tied}
+    return plan(chosen.family, parent, child, init if spec else init.model_copy(update={"n_positions": None}), **sizes)
+
+
+def advice_of(chosen: Chosen) -> Advice | None:
+    """What is recommended for these shapes; None where nothing grows one into the other."""
+    try:
+        return recommend(chosen.family, chosen.small, chosen.large)
+    except GrowthError:
+        return None
+
+
+def costs_of(chosen: Chosen, n_ctx: int, d_vocab: int | None) -> dict[str, Cost]:
+    """What wider, deeper, and both add to small; nothing for a half that does not grow."""
+    found = {}
+    for half, shape in (("width", chosen.wide), ("depth", chosen.deep), ("both", chosen.large)):
+        if all(getattr(shape, name) == getattr(chosen.small, name) for name in Shape.model_fields if "eps" not in name):
+            continue
+        if d_vocab is None:
+            found[half] = Cost(None, None)
+            continue
+        small, grown = (
+            (
+                parameters(chosen.family, each, n_ctx, d_vocab, chosen.tied).total,
+                flops_per_token(chosen.family, each, n_ctx, d_vocab, chosen.tied),
+            )
+            for each in (chosen.small, shape)
+        )
+        found[half] = Cost(grown[0] - small[0], grown[1] / small[1])
+    return found
+
+
+def _learning_flops(chosen: Chosen, spec: ExperimentSpec) -> float | None:
+    if not chosen.init.learn_steps or spec.data.tokenizer.d_vocab is None:
+        return None
+    first = chosen.init.ladder[0].shape if chosen.init.ladder else chosen.large
+    try:
+        found = _plan(chosen, chosen.small, first, chosen.init, spec)
+    except GrowthError:
+        return None
+    return learned.flops(found, chosen.init.learn_steps, spec.train.tokens_per_step, spec.train.n_ctx)
+
+
+def _growing_seconds(budgets: dict[str, ModelBudget], host: Host | None) -> float | None:
+    """Of growing scaled, without learning: by what the newest growths took there, or a guess."""
+    scaled = budgets.get("scaled")
+    if scaled is None or scaled.parameters is None:
+        return None
+    there = Q(host=host) if host else Q(host__kind=Host.Kind.LOCAL)
+    newest = ModelRun.objects.filter(there, grown__isnull=False, prepared__isnull=False).order_by("-started_at")
+    paces = [
+        prepared["parameters"] / grown["seconds"]
+        for grown, prepared in newest.values_list("grown", "prepared")[:MEASURED_RUNS]
+        if grown and prepared and grown.get("seconds") and prepared.get("parameters")
+    ]
+    return scaled.parameters / (statistics.median(paces) if paces else GUESSED_GROWN_PER_SECOND)
 
 
 def _flops_per_step(budget: ModelBudget) -> float | None:

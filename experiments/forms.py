@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast, get_args
@@ -23,11 +23,33 @@ from accounts.models import User
 from experiments import sources
 from experiments.line import most_gpus
 from experiments.models import Experiment, Host
-from experiments.values import DIMENSIONS, TRAIN_FIELDS, document_of, field_of, set_aside
+from experiments.values import (
+    DIMENSIONS,
+    RUNG_FIELDS,
+    TRAIN_FIELDS,
+    document_of,
+    field_of,
+    rung,
+    rungs_of,
+    set_aside,
+)
 from trainer.families import FAMILIES, FamilyError, family_of, read_config
 from trainer.growth import OPERATORS
+from trainer.growth.targets import By, Staging
+from trainer.shape import OptimizerState, Split
 from trainer.spec import ExperimentSpec, Problem, SpecError, TrainSpec, is_path, parse_spec
 
+#: What of growth is folded away, beside the stages.
+GROWTH_ADVANCED = (
+    "growth_snr_db",
+    "growth_split",
+    "growth_init_range",
+    "growth_optimizer",
+    "growth_d_vocab",
+    "growth_n_positions",
+)
+#: Of the learning of maps, which is open where it is asked for.
+LEARNING = ("learn_steps", "learn_lr")
 #: The numbers and choices of the section Training, and those that are folded away there.
 TRAINING = ("max_steps", "num_epochs", "n_ctx", "batch_size", "lr", "warmup_steps", "weight_decay", "seed")
 #: And where: a host, and how many of its GPUs.
@@ -129,6 +151,15 @@ class Row(NamedTuple):
     ratio: str
 
 
+class Stage(NamedTuple):
+    """A shape on the way to scaled: a row of the ladder."""
+
+    at: int  # from 1
+    steps: BoundField
+    dimensions: list[BoundField]
+    layer_norm_eps: BoundField  # scaled's, unless an experiment that was copied says otherwise
+
+
 class Wrong(NamedTuple):
     """An error, and where it stands on the page."""
 
@@ -176,8 +207,18 @@ def _check(**kwargs: Any) -> forms.BooleanField:
     return forms.BooleanField(required=False, widget=forms.CheckboxInput(attrs={"class": "form-check-input"}), **kwargs)
 
 
-def _choices_of(literal: Any) -> list[tuple[str, str]]:
-    return [(value, value) for value in get_args(literal)]
+def _choices_of(literal: Any, said: Mapping[str, str] | None = None) -> list[tuple[str, str]]:
+    return [(value, (said or {}).get(value, value)) for value in get_args(literal)]
+
+
+_BY = {"both": "width and depth", "width": "width alone", "depth": "depth alone"}
+_STAGING = {"even": "width and depth together", "gradual": "width first, then blocks (gradual stacking)"}
+_SPLIT = {
+    "even": "even: each the same share",
+    "uneven": "uneven: at random",
+    "diagonal": "diagonal: its own copy alone",
+}
+_OPTIMIZER = {"fresh": "fresh: moments start at zero", "grown": "grown: from small's, as its weights"}
 
 
 class ExperimentForm(forms.Form):
@@ -210,14 +251,44 @@ class ExperimentForm(forms.Form):
     )
     width = _radio([(rule.key, rule.title) for rule in OPERATORS["width"]], CardSelect, label="Width rule")
     depth = _radio([(rule.key, rule.title) for rule in OPERATORS["depth"]], CardSelect, label="Depth rule")
+    target_multiple = NumberField(label="Parameters, × small's")
+    target_by = _select(_choices_of(By, _BY), label="Larger in", required=False)
+    growth_snr_db = NumberField(
+        label="noise (dB)",
+        help_text="Weights over noise that no activation shows, so that copies part. 0: as large as the weights. "
+        "Empty: none; copies may stay alike for ever.",
+    )
+    growth_split = _select(
+        _choices_of(Split, _SPLIT),
+        label="split",
+        help_text="How a reader shares a value among its copies.",
+        required=False,
+    )
     growth_init_range = NumberField(
         label="init_range of new weights", help_text="Of weights that growth draws at random. Empty: large's."
     )
-    growth_snr_db = NumberField(
-        label="noise (dB)",
-        help_text="Signal to noise of what duplication adds where it cannot be seen, so that copies do not stay alike. "
-        "0: as large as the weights. Empty: none.",
+    growth_optimizer = _select(
+        _choices_of(OptimizerState, _OPTIMIZER),
+        label="optimizer",
+        help_text="AdamW's moments of scaled.",
+        required=False,
     )
+    lr_by_width = _check(
+        label="lr by width",
+        help_text="Divides the learning rate of a matrix by how often its inputs were copied: under AdamW, what it "
+        "computes would else move that much faster than in small.",
+    )
+    growth_d_vocab = WholeField(label="d_vocab of scaled", help_text="Rows of its token table. Empty: small's.")
+    growth_n_positions = WholeField(label="n_positions of scaled", help_text="Its longest context. Empty: small's.")
+    learn = forms.BooleanField(
+        required=False,
+        widget=forms.CheckboxInput(attrs={"class": "form-check-input", "aria-describedby": "about_learn"}),
+    )
+    learn_steps = WholeField(help_text="Batches that the maps are trained on. Their cost is charged to scaled.")
+    learn_lr = NumberField(help_text="Of that, and of the maps alone.")
+    growths = WholeField(label="Growths in all", help_text="1: at once.")
+    staging = _select(_choices_of(Staging, _STAGING), label="Each adds", required=False)
+    rungs = forms.CharField(required=False, widget=forms.HiddenInput, initial=0)
     train_large = _check(
         label="Train large too",
         help_text="The same shape from scratch: without it nothing says whether growing saved anything.",
@@ -307,6 +378,13 @@ class ExperimentForm(forms.Form):
                 kind = NumberField if name in ("layer_norm_eps", "init_range") else WholeField
                 self.fields[f"{role}_{name}"] = kind(label=name)
                 self.fields[f"{role}_{name}"].widget.attrs["aria-label"] = f"{name} of {role}"
+        for at in range(rungs_of({"rungs": self["rungs"].value()})):
+            for name in RUNG_FIELDS:
+                label = f"{name} of stage {at + 1}"
+                number = NumberField(label=label) if name == "layer_norm_eps" else WholeField(label=label)
+                number.widget.attrs["aria-label"] = label
+                self.fields[rung(at, name)] = number
+            self.fields[rung(at, "layer_norm_eps")].widget = forms.HiddenInput()
         self.fields["upload"].widget.attrs["data-max-mb"] = settings.MAX_UPLOAD_MB
         for name, field in self.fields.items():
             field.label = field.label or name  # the spec's own word, not "N ctx"
@@ -334,6 +412,40 @@ class ExperimentForm(forms.Form):
         except (TypeError, ValueError):
             return ""
         return "" if small == large or not small else f"{large / small:.3g}"
+
+    def stages(self) -> list[Stage]:
+        """The rows of the ladder."""
+        dimensions = [name for name in DIMENSIONS if name != "layer_norm_eps"]
+        return [
+            Stage(
+                at + 1,
+                self[rung(at, "steps")],
+                [self[rung(at, name)] for name in dimensions],
+                self[rung(at, "layer_norm_eps")],
+            )
+            for at in range(rungs_of({"rungs": self["rungs"].value()}))
+        ]
+
+    def growth_advanced(self) -> list[BoundField]:
+        return [self[name] for name in GROWTH_ADVANCED]
+
+    def learning(self) -> list[BoundField]:
+        return [self[name] for name in LEARNING]
+
+    @property
+    def growth_has_errors(self) -> bool:
+        """Of what is folded away there."""
+        folded = (*GROWTH_ADVANCED, "lr_by_width", "growths", "staging")
+        return any(name in folded or name.startswith("rung") for name in self.errors)
+
+    @property
+    def growth_is_set(self) -> bool:
+        """Something that is folded away there is not as it is usually."""
+        usual = {"growth_snr_db": (0, "0"), "growth_split": ("even",), "growth_optimizer": ("fresh",)}
+        values = {name: self[name].value() for name in (*GROWTH_ADVANCED, "lr_by_width")}
+        return bool(self.stages()) or any(
+            value not in usual.get(name, (None, "", False)) for name, value in values.items()
+        )
 
     def training(self) -> list[BoundField]:
         some_have_gpus = any(host is not None and most_gpus(host) for host in self.hosts.values())
@@ -376,6 +488,7 @@ class ExperimentForm(forms.Form):
         self._clean_checkpoint()
         self._clean_tokenizer()
         self._clean_hosts()
+        self._clean_learning()
         self.typed = dict(self.cleaned_data)
         self.readable = self._read_spec()
         if not self.errors:
@@ -492,6 +605,14 @@ class ExperimentForm(forms.Form):
             values["tokenizer_name"] = values["small_checkpoint"]
         with self._beside("tokenizer_name"):
             values["tokenizer_name"] = sources.tokenizer(self._given("tokenizer_name"), self.user)
+
+    def _clean_learning(self) -> None:
+        if not self.cleaned_data.get("learn"):
+            for name in LEARNING:  # out of sight
+                self.errors.pop(name, None)
+        elif self.cleaned_data.get("learn_steps", 1) in (0, None):
+            with self._beside("learn_steps"):
+                raise ValidationError("must be at least 1")
 
     def _clean_hosts(self) -> None:
         values = self.cleaned_data

@@ -33,6 +33,32 @@ DIMENSIONS = {
     "layer_norm_eps": "epsilon of the norms",
 }
 TRAIN_FIELDS = tuple(TrainSpec.model_fields)
+#: The form's fields for what a GrowInit says, but for the ladder, by their name there.
+GROWTH = {
+    "width": "width",
+    "depth": "depth",
+    "split": "growth_split",
+    "snr_db": "growth_snr_db",
+    "init_range": "growth_init_range",
+    "d_vocab": "growth_d_vocab",
+    "n_positions": "growth_n_positions",
+    "learn_steps": "learn_steps",
+    "learn_lr": "learn_lr",
+    "optimizer": "growth_optimizer",
+    "lr_by_width": "lr_by_width",
+}
+#: Shapes on the way to scaled that the form has rows for; each has a dimension's fields and `steps`, by :func:`rung`.
+MOST_RUNGS = 8
+RUNG_FIELDS = ("steps", *DIMENSIONS)
+#: What learning the maps begins with, where it is not asked for yet (LiGO's own number).
+USUAL_LEARN_STEPS = 100
+
+
+def rung(at: int, name: str) -> str:
+    """The form's field for a dimension, or the steps, of the shape `at` (from 0) of the ladder."""
+    return f"rung{at + 1}_{name}"
+
+
 # Both ways ------------------------------------------------------------------------------------------------------------
 
 
@@ -51,10 +77,13 @@ def values_of(spec: ExperimentSpec) -> dict[str, Any]:
         "small_checkpoint": small.init.path if isinstance(small.init, CheckpointInit) else "",
         "small_init_range": 0.02 if from_checkpoint else getattr(small.init, "init_range", 0.02),
         "large_init_range": big_range,
+        **{field: getattr(grow, name) for name, field in GROWTH.items()},
         "growth_init_range": None if grow.init_range == big_range else grow.init_range,
-        "growth_snr_db": grow.snr_db,
-        "width": grow.width,
-        "depth": grow.depth,
+        "learn": grow.learn_steps > 0,
+        "learn_steps": grow.learn_steps or USUAL_LEARN_STEPS,
+        **_ladder_values(grow),
+        "target_multiple": 2,
+        "target_by": "both",
         "train_large": large is not None,
         **_shape_values("small", small.shape),
         **_shape_values("large", big.shape or small.shape),
@@ -86,6 +115,15 @@ def _shape_values(role: str, shape: Shape | None) -> dict[str, Any]:
         else None
         for name in DIMENSIONS
     }
+
+
+def _ladder_values(grow: GrowInit) -> dict[str, Any]:
+    ladder = grow.ladder[:MOST_RUNGS]
+    values: dict[str, Any] = {"rungs": len(ladder), "growths": len(ladder) + 1, "staging": "even"}
+    for at, step in enumerate(ladder):
+        shape = step.shape.model_dump()
+        values |= {rung(at, name): step.steps if name == "steps" else shape[name] for name in RUNG_FIELDS}
+    return values
 
 
 def _data_values(spec: ExperimentSpec) -> dict[str, Any]:
@@ -127,14 +165,7 @@ def document_of(values: Values) -> dict[str, Any]:
         models["small"]["init"] = {"kind": "checkpoint", **_present(values, path="small_checkpoint")}
         if all(value is None for name, value in models["small"]["shape"].items() if name != "layer_norm_eps"):
             models["small"]["shape"] = None
-    growth = {
-        "kind": "grow",
-        "parent": "small",
-        **_present(values, width="width", depth="depth", snr_db="growth_snr_db"),
-    }
-    from_ = "large_init_range" if values.get("growth_init_range") is None else "growth_init_range"
-    growth |= _present(values, init_range=from_)
-    models["scaled"] = {**model, "shape": large_shape, "init": growth}
+    models["scaled"] = {**model, "shape": large_shape, "init": _growth_document(values)}
     if values.get("train_large"):
         init = {"kind": "random", **_present(values, init_range="large_init_range")}
         models["large"] = {**model, "shape": large_shape, "init": init}
@@ -144,6 +175,28 @@ def document_of(values: Values) -> dict[str, Any]:
         "train": _present(values, **{name: name for name in TRAIN_FIELDS}),
         "models": models,
     }
+
+
+def _growth_document(values: Values) -> dict[str, Any]:
+    chosen = {name: value for name, value in _present(values, **GROWTH).items() if value != ""}
+    growth = {"kind": "grow", "parent": "small", **chosen}
+    if values.get("growth_init_range") is None:
+        growth |= _present(values, init_range="large_init_range")
+    if not values.get("learn"):
+        growth["learn_steps"] = 0
+    growth["ladder"] = [
+        {"steps": values.get(rung(at, "steps")), "shape": _present(values, **{n: rung(at, n) for n in DIMENSIONS})}
+        for at in range(rungs_of(values))
+    ]
+    return growth
+
+
+def rungs_of(values: Values) -> int:
+    """How many shapes on the way to scaled there are rows for."""
+    try:
+        return min(MOST_RUNGS, max(0, int(values.get("rungs") or 0)))
+    except ValueError:
+        return 0
 
 
 def _shape_document(role: str, values: Values) -> dict[str, Any]:
@@ -199,13 +252,6 @@ _TOKENIZER = {"kind": "tokenizer_kind", "name": "tokenizer_name", "d_vocab": "d_
 _DATA = {"config": "hub_config", "text_column": "text_column"}
 _SOURCE = {"hub": "hub_name", "local": "local_path", "upload": "upload"}
 _MODEL = {"family": "family", "tie_embeddings": "tie_embeddings", "init.kind": "small_source"}
-_GROWTH = {
-    "init.snr_db": "growth_snr_db",
-    "init.width": "width",
-    "init.depth": "depth",
-    "init.init_range": "growth_init_range",
-    "init.parent": "width",
-}
 
 
 def field_of(location: str, values: Values) -> str | None:
@@ -231,13 +277,25 @@ def field_of(location: str, values: Values) -> str | None:
             return "small_checkpoint"
         case ["models", "scaled", "init", "init_range"] if not values.get("growth_init_range"):
             return "large_init_range"
-        case ["models", "scaled", *rest] if (field := _GROWTH.get(".".join(rest))) is not None:
-            return field
+        case ["models", "scaled", "init", name] if name in GROWTH:
+            return GROWTH[name]
+        case ["models", "scaled", "init", "parent"]:
+            return "width"
+        case ["models", "scaled", "init", "ladder"]:
+            return "growths"
+        case ["models", "scaled", "init", "ladder", at, *_, name] if name in RUNG_FIELDS and at.isdecimal():
+            return rung(int(at), name)
+        case ["models", _, "train", name] if name in TRAIN_FIELDS:
+            return name
         case ["models", role, "init", "init_range"]:
             return f"{role}_init_range"
         case ["models", _, *rest]:
             return _MODEL.get(".".join(rest))
     return None
+
+
+#: What growth does without: its default stands in.
+_OPTIONAL = set(GROWTH) - {"width", "depth", "init_range"}
 
 
 def set_aside(document: dict[str, Any], location: str) -> bool:
@@ -249,6 +307,12 @@ def set_aside(document: dict[str, Any], location: str) -> bool:
     match location.split("."):
         case ["name"]:
             document["name"] = "untitled"
+        case ["models", name, "init", "ladder", *_] if name in models:
+            models[name]["init"]["ladder"] = []
+        case ["models", name, "train", "max_steps"] if name in models:  # which a ladder needs
+            models[name]["init"]["ladder"] = []
+        case ["models", name, "init", field] if name in models and field in _OPTIONAL:
+            models[name]["init"].pop(field, None)
         case ["models", name, *_] if name in models:
             for lost in [name, *(n for n, m in models.items() if m["init"].get("parent") == name)]:
                 models.pop(lost, None)

@@ -9,26 +9,34 @@ from uuid import UUID
 from django.conf import settings
 from django.contrib.auth import login
 from django.db import IntegrityError
+from django.forms import Form
 from django.forms.boundfield import BoundField, BoundWidget
 from django.http import Http404, HttpRequest, HttpResponse
 from django.shortcuts import get_object_or_404, redirect, render
+from django.utils.safestring import SafeString
 from django.views.decorators.http import require_POST, require_safe
 
 from accounts.guests import ensure_user
 from experiments import jobs, sources
-from experiments.estimate import Verdict, estimate
+from experiments.estimate import Chosen, Cost, Estimate, Verdict, estimate
 from experiments.forms import ExperimentForm, host_key
 from experiments.models import Experiment, Host
+from experiments.pictures import LEGEND, depth_picture, learned_picture, width_picture
 from experiments.presets import FIRST_LOOK, PRESETS
+from experiments.proposals import proposed
 from experiments.values import left_out, values_of
 from experiments.views.hosts import require_recent
 from trainer.growth import OPERATORS, Operator
+from trainer.growth.learned import ABOUT as LEARNED
+
+#: Rules of each half that are in sight: one row.
+CARDS_SHOWN = 3
 
 
 def train(request: HttpRequest) -> HttpResponse:
-    """The form: filled from a preset or an earlier experiment on GET, started on POST."""
+    """The form: filled from a preset or an earlier experiment on GET, started on POST, or filled in further."""
     if request.method == "POST":
-        return _start(request)
+        return _propose(request) if "propose" in request.POST else _start(request)
     return _fresh(request)
 
 
@@ -80,6 +88,22 @@ def _start(request: HttpRequest) -> HttpResponse:
     return _page(request, form, status=200 if only_check else 422)
 
 
+def _propose(request: HttpRequest) -> HttpResponse:
+    """The form again, with what was asked for filled in: a shape, stages, or the rules that are recommended."""
+    owner = partial(ensure_user, request)
+    form = ExperimentForm(request.POST, request.FILES, user=request.user, owner=owner)
+    form.is_valid()
+    proposal = proposed(form, request.POST["propose"])
+    filled = form.data.copy()  # type: ignore[attr-defined]
+    for field, value in proposal.values.items():
+        filled[field] = value
+    again = ExperimentForm(filled, user=form.user, owner=owner)
+    again.is_valid()
+    for field, message in proposal.errors.items():
+        again.add_error(field, message)
+    return _page(request, again, proposal=proposal)
+
+
 def _create_once(request: HttpRequest, form: ExperimentForm, anonymous: bool) -> Experiment:
     """The experiment of this very form. Its id follows from the form's key and content, so a double click makes one."""
     assert form.spec is not None
@@ -117,7 +141,10 @@ def _page(request: HttpRequest, form: ExperimentForm, status: int = 200, **conte
     context |= sheet | {
         "form": form,
         "presets": PRESETS.values(),
-        "growth": [_cards(form, kind, sheet["rules"]) for kind in OPERATORS],
+        "growth": [_half(form, kind, sheet["cards"][kind]) for kind in OPERATORS],
+        "learned": LEARNED,
+        "learned_picture": learned_picture(),
+        "legend": LEGEND,
         "max_upload_mb": settings.MAX_UPLOAD_MB,
         "local_dirs": settings.LOCAL_DATA_DIRS,
     }
@@ -125,10 +152,36 @@ def _page(request: HttpRequest, form: ExperimentForm, status: int = 200, **conte
 
 
 def _sheet(form: ExperimentForm) -> dict[str, Any]:
-    """What the side sheet shows. `rules` has every rule, so that a verdict which no longer holds is taken away."""
+    """What the side sheet shows, and every rule's card, so that a verdict which no longer holds is taken away."""
     found = estimate(form)
-    every = {f"{kind}_{rule.key}": None for kind, rules in OPERATORS.items() for rule in rules}
-    return {"estimate": found, "rules": every | found.rules, "problems": form.summary}
+    return {
+        "estimate": found,
+        "cards": {kind: cards(form, kind, found) for kind in OPERATORS},
+        "advised": _advised(found),
+        "problems": form.summary,
+    }
+
+
+class Advised(NamedTuple):
+    """What is recommended, in words."""
+
+    rules: list[str]
+    snr_db: float | None
+    why: str
+    is_chosen: bool
+
+
+def _advised(found: Estimate) -> Advised | None:
+    if found.advice is None or found.chosen is None:
+        return None
+    advice, init = found.advice, found.chosen.init
+    rules = {half: next(rule for rule in OPERATORS[half] if rule.key == getattr(advice, half)) for half in OPERATORS}
+    return Advised(
+        [rules[half].title for half in rules if half in found.costs] or [rules["width"].title],
+        advice.snr_db,
+        advice.why,
+        all(getattr(init, half) == rules[half].key for half in rules) and advice.snr_db in (None, init.snr_db),
+    )
 
 
 class Card(NamedTuple):
@@ -136,15 +189,55 @@ class Card(NamedTuple):
 
     radio: BoundWidget
     rule: Operator
-    key: str  # of its verdict in `rules`
-    verdict: Verdict | None
+    key: str
+    picture: SafeString
+    recommended: bool
+    verdict: Verdict | None  # None: nothing can be said
+    cost: Cost | None
+    closed: bool  # cannot be chosen: leads nowhere for these shapes
 
 
-def _cards(
-    form: ExperimentForm, kind: Literal["width", "depth"], rules: dict[str, Verdict | None]
-) -> tuple[BoundField, list[Card]]:
-    field = form[kind]
-    keys = [f"{kind}_{rule.key}" for rule in OPERATORS[kind]]
-    return field, [
-        Card(radio, rule, key, rules[key]) for radio, rule, key in zip(field, OPERATORS[kind], keys, strict=True)
-    ]
+def cards(form: Form, kind: Literal["width", "depth"], found: Estimate) -> list[Card]:
+    """A card for every rule of width or depth; `form` has a field of that name."""
+    chosen = form[kind].value()
+    return [_card(radio, rule, kind, chosen, found) for radio, rule in zip(form[kind], OPERATORS[kind], strict=True)]
+
+
+def _card(radio: BoundWidget, rule: Operator, kind: Literal["width", "depth"], chosen: str, found: Estimate) -> Card:
+    verdict = found.rules.get(f"{kind}_{rule.key}")
+    closed = verdict is not None and verdict.kind == "impossible" and rule.key != chosen
+    if closed:
+        radio.data["attrs"]["disabled"] = True
+    return Card(
+        radio=radio,
+        rule=rule,
+        key=f"{kind}_{rule.key}",
+        picture=_picture(kind, rule.key, found.chosen),
+        recommended=found.advice is not None and getattr(found.advice, kind) == rule.key,
+        verdict=verdict,
+        cost=found.costs.get(kind),
+        closed=closed,
+    )
+
+
+class Half(NamedTuple):
+    """The rules of width or of depth: those that are in sight, and those that are folded away unless one is chosen."""
+
+    field: BoundField
+    shown: list[Card]
+    folded: list[Card]
+    is_open: bool
+
+
+def _half(form: ExperimentForm, kind: Literal["width", "depth"], cards: list[Card]) -> Half:
+    shown, folded = cards[:CARDS_SHOWN], cards[CARDS_SHOWN:]
+    return Half(form[kind], shown, folded, any(c.recommended or c.rule.key == form[kind].value() for c in folded))
+
+
+def _picture(kind: Literal["width", "depth"], rule: str, chosen: Chosen | None) -> SafeString:
+    if kind == "depth":
+        return depth_picture(rule, *((chosen.small.n_layers, chosen.large.n_layers) if chosen else (4, 8)))
+    if chosen is None:
+        return width_picture("llama", rule, 2.0)
+    ratio = chosen.large.d_model / chosen.small.d_model
+    return width_picture(chosen.family, rule, round(ratio, 1) if ratio > 1 else 2.0, chosen.init.split)

@@ -5,6 +5,8 @@
 const form = document.getElementById("experiment");
 const sheet = document.getElementById("sheet");
 const DRAFT = "kangaroo-train-draft";
+/** Fields whose errors the sheet knows nothing of. */
+const NOT_THE_SHEETS = new Set(["id_upload", "id_target_multiple", "id_growths"]);
 /** Belongs to this very page, or cannot be filled in by a script. */
 const OWN = new Set(["csrfmiddlewaretoken", "key", "upload"]);
 const MODELS_DIMENSIONS = ["d_model", "n_heads", "n_kv_heads", "d_head", "d_mlp", "n_layers"];
@@ -30,18 +32,101 @@ function fill(values) {
     if (!(control.name in values)) continue;
     const value = values[control.name];
     if (control.type === "checkbox") control.checked = value;
-    else if (control.type === "radio") control.checked = control.value === value;
+    else if (control.type === "radio") {
+      control.checked = control.value === value;
+      if (control.checked) control.disabled = false; // what is disabled would not be sent
+    }
     else control.value = value;
   }
+  // A choice is not left out of sight.
+  for (const choice of form.querySelectorAll(".others :checked")) choice.closest("details").open = true;
   form.dispatchEvent(new Event("input", { bubbles: true }));
 }
 
 const same = (a, b) => JSON.stringify(a) === JSON.stringify(b);
 
-// Presets ------------------------------------------------------------------------------------------------------------
+// What fills the form: presets, proposals, a draft --------------------------------------------------------------------
 
 const filled = document.getElementById("filled");
 let before = null;
+
+/** The form of a page of this site as the values of this one, with as many stages as it has. */
+function adopt(page) {
+  const stages = page.getElementById("stages");
+  document.getElementById("stages").replaceWith(document.adoptNode(stages));
+  const target = page.getElementById("target_said");
+  document.getElementById("target_said").textContent = target.textContent;
+  const advanced = document.getElementById("growth-advanced");
+  advanced.open ||= page.getElementById("growth-advanced").open;
+}
+
+async function fetched(url, options = {}) {
+  const answer = await fetch(url, { credentials: "same-origin", ...options });
+  if (!answer.ok) throw new Error(answer.statusText);
+  return new DOMParser().parseFromString(await answer.text(), "text/html");
+}
+
+/** The page with these values and what a button proposes. */
+async function proposed(values, proposal) {
+  const sent = new FormData();
+  for (const control of form.elements) if (OWN.has(control.name) && control.type !== "file") sent.set(control.name, control.value);
+  for (const [name, value] of Object.entries(values)) {
+    if (value !== false) sent.set(name, value === true ? "on" : value);
+  }
+  sent.set("propose", proposal);
+  return fetched(form.action, { method: "POST", body: sent });
+}
+
+/** Show values that may have another number of stages than the form has rows for. */
+async function show(values) {
+  if ((values.rungs ?? "0") !== form.elements.rungs.value) adopt(await proposed(values, ""));
+  fill(values);
+}
+
+function say_filled(text, link) {
+  filled.firstElementChild.textContent = text;
+  filled.hidden = false;
+  mark(link);
+  window.kangaroo?.announce(text);
+}
+
+form.addEventListener("click", async (event) => {
+  const button = event.target.closest?.("button[name=propose]");
+  if (!button) return;
+  event.preventDefault();
+  let page;
+  const values = read();
+  try {
+    page = await proposed(values, button.value);
+  } catch {
+    return form.requestSubmit(button); // the browser says best what is wrong
+  }
+  const current = document.querySelector("[data-preset][aria-current]");
+  const now = read(page.getElementById("experiment"));
+  adopt(page);
+  const focus = document.getElementById(button.id) ?? document.querySelector(`button[value="${button.value}"]`);
+  if (same(now, values)) {
+    form.dispatchEvent(new Event("input", { bubbles: true }));
+  } else {
+    before = { values, current };
+    fill(now);
+    const said = document.getElementById("target_said").textContent;
+    say_filled(button.value === "target" ? `Filled in a shape for large: ${said}` : "Filled in.", null);
+  }
+  for (const id of ["id_target_multiple", "id_growths"]) {
+    say(id, page.getElementById(`${id}_error`)?.textContent ?? "");
+  }
+  (focus ?? form.elements.growths).focus();
+});
+
+// Enter in a field beside such a button presses it.
+form.addEventListener("keydown", (event) => {
+  if (event.key !== "Enter" || !event.target.matches?.(".propose input")) return;
+  event.preventDefault();
+  event.target.closest(".propose").querySelector("button").click();
+});
+
+// Presets ------------------------------------------------------------------------------------------------------------
 
 for (const link of document.querySelectorAll("[data-preset]")) {
   link.addEventListener("click", async (event) => {
@@ -49,24 +134,21 @@ for (const link of document.querySelectorAll("[data-preset]")) {
     event.preventDefault();
     let page;
     try {
-      const answer = await fetch(link.href, { credentials: "same-origin" });
-      if (!answer.ok) throw new Error(answer.statusText);
-      page = new DOMParser().parseFromString(await answer.text(), "text/html");
+      page = await fetched(link.href);
     } catch {
       window.location = link.href; // the browser says best what is wrong
       return;
     }
     before = { values: read(), current: document.querySelector("[data-preset][aria-current]") };
-    fill(read(page.getElementById("experiment")));
-    mark(link);
-    filled.firstElementChild.textContent = `Filled with “${link.textContent}”.`;
-    filled.hidden = false;
-    window.kangaroo?.announce(filled.firstElementChild.textContent);
+    const values = read(page.getElementById("experiment"));
+    adopt(page);
+    fill(values);
+    say_filled(`Filled with “${link.textContent}”.`, link);
   });
 }
 
-filled.querySelector("button").addEventListener("click", () => {
-  fill(before.values);
+filled.querySelector("button").addEventListener("click", async () => {
+  await show(before.values);
   mark(before.current);
   filled.hidden = true;
   form.elements.name.focus();
@@ -129,7 +211,7 @@ function say(id, message) {
     line = document.createElement("p");
     line.className = "field-error";
     line.id = `${id}_error`;
-    const row = target.closest("[data-row]");
+    const row = target.closest("[data-row], [data-stage]");
     if (row) row.querySelector(".shape-errors").append(line);
     else (target.closest(".field") ?? target.parentElement).append(line);
   }
@@ -146,8 +228,17 @@ function describe(target, id, on) {
   else target.removeAttribute("aria-describedby");
 }
 
+/** A rule that leads nowhere for these shapes cannot be chosen; one that is chosen stays, with its problem. */
+function close_rules() {
+  for (const card of form.querySelectorAll(".choice-body[id]")) {
+    const radio = card.parentElement.querySelector("input[type=radio]");
+    radio.disabled = "closed" in card.dataset && !radio.checked;
+  }
+}
+
 let problems = sheet.querySelectorAll("#problems li").length;
 sheet.addEventListener("htmx:afterSwap", () => {
+  close_rules();
   const found = new Map();
   for (const link of sheet.querySelectorAll("#problems a")) {
     const id = link.hash.slice(1);
@@ -155,7 +246,7 @@ sheet.addEventListener("htmx:afterSwap", () => {
   }
   for (const line of form.querySelectorAll(".field-error[id$='_error']")) {
     const id = line.id.slice(0, -"_error".length);
-    if (!found.has(id) && id !== "id_upload") say(id, "");
+    if (!found.has(id) && !NOT_THE_SHEETS.has(id)) say(id, "");
   }
   for (const [id, message] of found) {
     // A field that is still being typed in is not scolded yet.
@@ -238,9 +329,9 @@ const cameBack = performance.getEntriesByType("navigation")[0]?.type === "back_f
 if ("bound" in form.dataset) keep();
 else if (draft?.sent && !cameBack) storage?.removeItem(DRAFT);
 else if (draft && !same(draft.values, start)) box.hidden = false;
-box.querySelector("[data-restore]").addEventListener("click", () => {
+box.querySelector("[data-restore]").addEventListener("click", async () => {
   box.hidden = true;
-  fill(draft.values);
+  await show(draft.values);
   form.elements.name.focus();
 });
 box.querySelector("[data-discard]").addEventListener("click", () => {
@@ -251,9 +342,10 @@ box.querySelector("[data-discard]").addEventListener("click", () => {
 
 // One click, one experiment ------------------------------------------------------------------------------------------
 
-const button = form.querySelector("button[type=submit]");
+const button = form.querySelector("button.btn-primary");
 const label = button.textContent;
 form.addEventListener("submit", (event) => {
+  if (event.submitter?.name === "propose") return;
   if (sending) {
     event.preventDefault();
     return;

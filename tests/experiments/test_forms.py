@@ -20,10 +20,10 @@ from experiments import sources
 from experiments.forms import ExperimentForm
 from experiments.models import Experiment, Host
 from experiments.presets import FIRST_LOOK, PRESETS
-from experiments.values import document_of, field_of, left_out, values_of
+from experiments.values import MOST_RUNGS, document_of, field_of, left_out, values_of
 from tests.experiments.factories import make_experiment, make_user
 from trainer.families import get_family
-from trainer.shape import Shape
+from trainer.shape import GrowInit, Shape
 from trainer.spec import ExperimentSpec, TrainSpec, parse_spec
 
 pytestmark = pytest.mark.django_db  # the form asks where one may train
@@ -85,6 +85,9 @@ def standard_specs(draw: st.DrawFn) -> ExperimentSpec:
     large |= {"d_head": d_head, "layer_norm_eps": draw(small_floats)}
     tied = draw(st.booleans())
     model = {"family": family, "tie_embeddings": tied}
+    max_steps = draw(st.none() | st.integers(100, 10**9))
+    rung = {"shape": {**large, "n_layers": small["n_layers"], "layer_norm_eps": draw(small_floats)}}
+    rungs = [rung | {"steps": draw(st.integers(1, 10))} for _ in range(draw(st.integers(0, 2)) if max_steps else 0)]
     growth = {
         "kind": "grow",
         "parent": "small",
@@ -92,6 +95,14 @@ def standard_specs(draw: st.DrawFn) -> ExperimentSpec:
         "depth": draw(st.sampled_from(["append_random", "stack", "interleave", "identity"])),
         "init_range": draw(small_floats),
         "snr_db": draw(st.sampled_from([None, 10.0, 0.0])),
+        "split": draw(st.sampled_from(["even", "uneven", "diagonal"])),
+        "n_positions": draw(st.none() | st.integers(4096, 9999)),
+        "d_vocab": draw(st.none() | st.just(300_000)),
+        "learn_steps": draw(st.integers(0, 3)),
+        "learn_lr": draw(small_floats),
+        "optimizer": draw(st.sampled_from(["fresh", "grown"])),
+        "lr_by_width": draw(st.booleans()),
+        "ladder": rungs,
     }
     models = {
         "small": {**model, "shape": small, "init": {"kind": "random", "init_range": draw(small_floats)}},
@@ -99,7 +110,6 @@ def standard_specs(draw: st.DrawFn) -> ExperimentSpec:
     }
     if draw(st.booleans()):
         models["large"] = {**model, "shape": large, "init": {"kind": "random", "init_range": draw(small_floats)}}
-    max_steps = draw(st.none() | st.integers(100, 10**9))
     train = {
         "n_ctx": draw(st.integers(8, 4096)),
         "batch_size": draw(st.integers(1, 512)),
@@ -132,7 +142,7 @@ def standard_specs(draw: st.DrawFn) -> ExperimentSpec:
 
 
 @given(standard_specs())
-@hypothesis_settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@hypothesis_settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_standard_experiment_comes_back_from_the_form_as_it_went_in(spec: ExperimentSpec) -> None:
     form = ExperimentForm(posted(spec), user=NOBODY)
     assert form.is_valid(), form.errors
@@ -159,12 +169,54 @@ def test_every_field_of_a_spec_has_a_place_in_the_form() -> None:
     """A field added to the spec and forgotten here would be lost by `Use as a start`."""
     leaves = {f"train.{name}" for name in TrainSpec.model_fields}
     leaves |= {f"models.large.shape.{name}" for name in Shape.model_fields}
-    leaves |= {f"models.scaled.init.{name}" for name in ("width", "depth", "init_range", "snr_db")}
-    form = ExperimentForm(user=NOBODY)
+    leaves |= {f"models.scaled.init.{name}" for name in GrowInit.model_fields if name != "kind"}
+    leaves |= {f"models.scaled.init.ladder.0.shape.{name}" for name in Shape.model_fields}
+    leaves.add("models.scaled.init.ladder.0.steps")
+    form = ExperimentForm({"rungs": "1"}, user=NOBODY)
     assert not [leaf for leaf in leaves if field_of(leaf, {"growth_init_range": "1"}) not in form.fields]
 
 
+def test_more_stages_than_there_are_rows_for_are_named() -> None:
+    document = FIRST_LOOK.spec.model_dump(mode="json")
+    rung = {"shape": document["models"]["small"]["shape"], "steps": 1}
+    document["models"]["scaled"]["init"]["ladder"] = [rung] * (MOST_RUNGS + 1)
+    assert left_out(parse_spec(document)) == ["models.scaled.init.ladder"]
+
+
 # Errors ---------------------------------------------------------------------------------------------------------------
+
+
+def stage(**changes: str) -> dict[str, str]:
+    """A ladder of one shape, small's with three blocks, for First look."""
+    row = {"steps": "100", "d_model": "128", "n_heads": "2", "n_kv_heads": "", "d_head": "64", "d_mlp": "512"}
+    row |= {"n_layers": "3", "layer_norm_eps": "1e-5"}
+    return {"rungs": "1"} | {f"rung1_{name}": value for name, value in (row | changes).items()}
+
+
+def test_the_rows_of_a_ladder_are_read() -> None:
+    form = ExperimentForm(first_look(**stage()), user=NOBODY)
+    assert form.is_valid(), form.errors
+    assert form.spec
+    init = form.spec.models["scaled"].init
+    assert isinstance(init, GrowInit)
+    assert [(rung.steps, rung.shape.n_layers) for rung in init.ladder] == [(100, 3)]
+
+
+def test_what_is_out_of_sight_stops_nobody() -> None:
+    form = ExperimentForm(first_look(learn_steps="many", learn_lr="fast"), user=NOBODY)
+    assert form.is_valid(), form.errors
+
+
+@pytest.mark.parametrize("rungs", ["-1", "many", "9999999999"])
+def test_no_number_of_stages_makes_more_rows_than_there_may_be(rungs: str) -> None:
+    assert len(ExperimentForm(first_look(rungs=rungs), user=NOBODY).stages()) <= MOST_RUNGS
+
+
+def test_a_wrong_stage_hides_no_other_figure() -> None:
+    form = ExperimentForm(first_look(**stage(d_mlp="100", steps="0")), user=NOBODY)
+    assert not form.is_valid()
+    assert form.readable
+    assert set(form.readable.models) == {"small", "scaled", "large"}
 
 
 @pytest.mark.parametrize(
@@ -177,7 +229,7 @@ def test_every_field_of_a_spec_has_a_place_in_the_form() -> None:
         ({"small_d_model": "0"}, "small_d_model", "d_model 0: must be at least 1"),
         ({"large_d_model": "64.5"}, "large_d_model", "must be a whole number"),
         ({"large_d_model": "64"}, "large_d_model", "64"),
-        ({"large_d_model": "300"}, "large_d_model", "300"),
+        ({"large_d_model": "301"}, "large_d_model", "301"),
         ({"small_d_head": "63"}, "small_d_head", "d_head 63: "),
         ({"large_n_layers": "999999999"}, "large_n_layers", "at most 2000"),
         ({"small_init_range": "0"}, "small_init_range", "more than 0"),
@@ -185,6 +237,24 @@ def test_every_field_of_a_spec_has_a_place_in_the_form() -> None:
         ({"large_init_range": "2", "train_large": False}, "large_init_range", "at most 1"),
         ({"growth_init_range": "2"}, "growth_init_range", "at most 1"),
         ({"growth_snr_db": "-21"}, "growth_snr_db", "noise (dB) -21: must be at least -20"),
+        ({"growth_snr_db": "loud"}, "growth_snr_db", "noise (dB) loud: must be a number"),
+        ({"growth_split": "thirds"}, "growth_split", "thirds"),
+        (
+            {"growth_optimizer": "grown", "max_steps": "0", "warmup_steps": "0"},
+            "growth_optimizer",
+            "no moments to grow",
+        ),
+        ({"growth_d_vocab": "100"}, "growth_d_vocab", "d_vocab of scaled 100: is less than the parent's 2048"),
+        ({"growth_n_positions": "8"}, "growth_n_positions", "n_positions of scaled 8: is less than the parent's 128"),
+        ({"learn": "on", "learn_steps": ""}, "learn_steps", "learn_steps: must be at least 1"),
+        ({"learn": "on", "learn_steps": "0"}, "learn_steps", "learn_steps 0: must be at least 1"),
+        ({"learn": "on", "learn_lr": "2"}, "learn_lr", "learn_lr 2: must be at most 1"),
+        (stage(steps=""), "rung1_steps", "steps of stage 1: must be a whole number"),
+        (stage(steps="300"), "rung1_steps", "training ends after 300"),
+        (stage(d_mlp="wide"), "rung1_d_mlp", "d_mlp of stage 1 wide: must be a whole number"),
+        (stage(d_mlp="100"), "rung1_d_mlp", "d_mlp of stage 1 100: is smaller than the parent's 512"),
+        (stage(d_head="63"), "rung1_d_head", "d_head of stage 1 63: "),
+        (stage(n_layers="5"), "large_n_layers", "n_layers 4: is smaller than the parent's 5"),
         ({"large_layer_norm_eps": "1"}, "large_layer_norm_eps", "less than 0.1"),
         ({"width": "teleport"}, "width", "teleport"),
         ({"lr": "fast"}, "lr", "lr fast: must be a number"),
@@ -241,7 +311,7 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
 
 
 def test_impossible_growth_is_found_beside_other_errors() -> None:
-    assert set(errors_of(name="", large_d_model="300")) == {"name", "large_d_model"}
+    assert set(errors_of(name="", large_d_mlp="500")) == {"name", "large_d_mlp"}
 
 
 def test_a_number_may_be_written_with_spaces_or_as_a_power() -> None:

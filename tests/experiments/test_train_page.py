@@ -26,10 +26,11 @@ from experiments import jobs
 from experiments.forms import ExperimentForm
 from experiments.models import Experiment, Host, ModelRun, State
 from experiments.presets import FIRST_LOOK, ORIGINAL, PRESETS
-from experiments.templatetags.figures import count, flops
+from experiments.templatetags.figures import count, flops, si
 from tests.experiments.factories import make_experiment, make_user
-from tests.experiments.test_forms import EMPTY, first_look, from_checkpoint, posted
-from trainer.budget import sheet
+from tests.experiments.test_forms import EMPTY, first_look, from_checkpoint, posted, stage
+from trainer.budget import parameters, sheet
+from trainer.shape import Shape
 
 pytestmark = pytest.mark.django_db
 
@@ -391,13 +392,165 @@ def test_growth_is_judged_for_these_very_shapes(client: Client) -> None:
     text = ask(client, first_look())
     assert "Growth keeps the function for these shapes." in text
     changed = ask(client, first_look(width="random_pad"))
-    assert "Growth does not keep the function." in changed
-    impossible = ask(client, first_look(large_d_model="300", large_n_heads="3"))
-    assert 'href="#id_large_d_model"' in impossible
-    verdict = re.search(r'id="verdict_width_duplicate".*?</p>', impossible, re.DOTALL)
-    assert verdict
-    assert "Cannot be used for these shapes." in verdict[0]
-    assert 'hx-swap-oob="true"' in verdict[0]
+    assert "Growth changes the function." in changed
+    impossible = ask(client, first_look(large_n_layers="6", depth="solar"))
+    assert 'href="#id_large_n_layers"' in impossible
+    solar, midas = (card(impossible, f"depth_{rule}") for rule in ("solar", "midas"))
+    for text in (solar, midas):
+        assert "Cannot be used." in text
+        assert 'hx-swap-oob="true"' in text
+    # What is chosen stays so, with its problem; of the others, what leads nowhere cannot be chosen.
+    assert "data-closed" not in solar
+    assert "data-closed" in midas
+    assert "data-closed" not in card(impossible, "depth_stack")
+
+
+def card(text: str, key: str) -> str:
+    found = re.search(rf'<div class="choice-body" id="card_{key}".*?</div>\s*</div>', text, re.DOTALL)
+    assert found
+    return found[0]
+
+
+def test_a_rule_that_leads_nowhere_cannot_be_chosen_on_the_page(client: Client) -> None:
+    page = Page(client.post(TRAIN, first_look(large_n_layers="6", check="1")))
+    radios = {attrs["value"]: attrs for attrs in page.all("input") if attrs.get("name") == "depth"}
+    assert {value for value, attrs in radios.items() if "disabled" in attrs} == {"solar", "midas"}
+    page = Page(client.post(TRAIN, first_look(large_n_layers="6", depth="solar", check="1")))
+    radios = {attrs["value"]: attrs for attrs in page.all("input") if attrs.get("name") == "depth"}
+    assert {value for value, attrs in radios.items() if "disabled" in attrs} == {"midas"}
+
+
+def test_what_is_recommended_is_said_with_its_reason_and_marked(client: Client) -> None:
+    text = ask(client, first_look())
+    assert "Chosen, as recommended for these shapes: Duplication, Identity blocks, noise at 0 dB." in text
+    assert "recommended" in card(text, "width_duplicate")
+    assert "recommended" not in card(text, "width_pad")
+    other = ask(client, first_look(width="random_pad"))
+    assert "Recommended for these shapes: Duplication, Identity blocks" in other
+    assert 'value="growth"' in other
+    nothing = ask(client, first_look(large_d_mlp="8"))
+    assert "What suits is said once" in nothing
+
+
+def test_a_growth_in_stages_is_judged_stage_by_stage(client: Client) -> None:
+    assert "So do all 2 growths." in ask(client, first_look(**stage()))
+    text = ask(client, first_look(**stage(n_layers="2"), depth="stack"))
+    assert "Growth 2 of 2: 2 blocks of the parent run a second time." in text
+
+
+def test_learned_maps_are_said_to_change_the_function_and_what_they_cost(client: Client) -> None:
+    text = ask(client, first_look(learn="on", learn_steps="50"))
+    assert "Growth changes the function." in text
+    assert "trained before they are applied" in text
+    assert re.search(r'id="learning_cost"[^>]*>About \d\.\de\d+ FLOPs, charged to scaled', text)
+    assert "charged to scaled" not in ask(client, first_look())
+
+
+def test_what_growing_costs_is_said_half_by_half(client: Client) -> None:
+    text = ask(client, first_look())
+    small, large = (sheet(FIRST_LOOK.spec)[name].parameters for name in ("small", "large"))
+    assert small
+    assert large
+    assert f"Growing adds {si(large - small)} parameters" in text
+    assert "Costs nothing here" not in text
+    assert "Costs nothing here" in card(ask(client, first_look(large_n_layers="2")), "depth_identity")
+
+
+# Proposals ------------------------------------------------------------------------------------------------------------
+
+
+def filled(response: Any) -> dict[str, str]:
+    page = Page(response)
+    values = {a["name"]: a.get("value", "") for a in page.all("input") if a.get("type") in ("text", "hidden")}
+    return values | {a["name"]: a["value"] for a in page.all("input") if a.get("type") == "radio" and "checked" in a}
+
+
+def test_a_multiple_becomes_a_shape_that_can_be_edited_and_keeps_what_was_typed(client: Client) -> None:
+    form = first_look(target_multiple="4", name="Kept", lr="fast")
+    response = client.post(TRAIN, form | {"propose": "target"})
+    values = filled(response)
+    assert (values["target_multiple"], values["name"], values["lr"]) == ("4", "Kept", "fast")
+    shape = Shape.model_validate({name: values[f"large_{name}"] or None for name in Shape.model_fields})
+    counted = parameters("llama", shape, 128, 2048, True).total
+    assert counted / sheet(FIRST_LOOK.spec)["small"].parameters == pytest.approx(4, rel=0.05)  # type: ignore[operator]
+    assert f"{count(counted)} parameters" in response.content.decode()
+    assert not Experiment.objects.exists()
+    assert not User.objects.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"target_multiple": ""}, "give a number"),
+        ({"target_multiple": "many"}, "must be a number"),
+        ({"target_multiple": "100"}, "must be more than 1 and at most 16"),
+        ({"target_multiple": "2", "small_d_head": ""}, "filled in"),
+    ],
+)
+def test_a_multiple_that_is_none_is_refused_beside_its_field(
+    client: Client, changes: dict[str, str], words: str
+) -> None:
+    text = client.post(TRAIN, first_look(**changes, propose="target")).content.decode()
+    error = re.search(r'id="id_target_multiple_error">(.*?)</p>', text, re.DOTALL)
+    assert error
+    assert words in error[1]
+    assert filled(client.post(TRAIN, first_look(**changes, propose="target")))["large_d_model"] == "256"
+
+
+def test_without_a_vocabulary_a_multiple_is_of_what_is_not_embeddings(client: Client) -> None:
+    form = first_look(tokenizer_kind="pretrained", tokenizer_name="gpt2", propose="target")
+    assert "parameters without embeddings" in client.post(TRAIN, form).content.decode()
+
+
+def test_stages_are_proposed_edited_removed_and_started(client: Client, owner: User) -> None:
+    form = first_look(large_n_layers="8", growths="3", staging="gradual")
+    values = filled(client.post(TRAIN, form | {"propose": "stages"}))
+    assert (values["rungs"], values["depth"]) == ("2", "stack")
+    assert [(values[f"rung{i}_n_layers"], values[f"rung{i}_steps"]) for i in (1, 2)] == [("4", "100"), ("6", "100")]
+    rows = {name: value for name, value in values.items() if name.startswith("rung")}
+    values = filled(client.post(TRAIN, form | rows | {"rung2_steps": "50", "propose": "without 1"}))
+    assert (values["rungs"], values["growths"], values["rung1_n_layers"], values["rung1_steps"]) == (
+        "1",
+        "2",
+        "6",
+        "50",
+    )
+    rows = {name: value for name, value in values.items() if name.startswith("rung")}
+    client.post(TRAIN, form | rows)
+    ladder = Experiment.objects.get().spec.models["scaled"].init.ladder  # type: ignore[union-attr]
+    assert [(rung.steps, rung.shape.n_layers) for rung in ladder] == [(50, 6)]
+    again = filled(client.get(TRAIN, {"from": str(Experiment.objects.get().pk)}))
+    assert (again["rungs"], again["rung1_n_layers"]) == ("1", "6")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"growths": "12"}, "must be 1 to 9"),
+        ({"growths": "2", "large_d_mlp": "many"}, "once both shapes are right"),
+        ({"growths": "2", "staging": "gradual", "large_n_layers": "3"}, "n_layers must grow"),
+    ],
+)
+def test_stages_that_there_are_not_are_refused_beside_their_field(
+    client: Client, changes: dict[str, str], words: str
+) -> None:
+    text = client.post(TRAIN, first_look(**changes, propose="stages")).content.decode()
+    error = re.search(r'id="id_growths_error">(.*?)</p>', text, re.DOTALL)
+    assert error
+    assert words in error[1]
+
+
+def test_what_is_recommended_is_chosen_at_a_click(client: Client) -> None:
+    form = first_look(width="random_pad", depth="append_random", growth_snr_db="", propose="growth")
+    values = filled(client.post(TRAIN, form))
+    assert (values["width"], values["depth"], values["growth_snr_db"]) == ("duplicate", "identity", "0")
+
+
+@pytest.mark.parametrize("kind", ["", "nothing", "without x", "without 9"])
+def test_what_nobody_proposes_changes_nothing(client: Client, kind: str) -> None:
+    form = first_look(**stage(), growths="2")
+    values = filled(client.post(TRAIN, form | {"propose": kind}))
+    assert {name: values[name] for name in values if name in form and name != "key"}.items() <= form.items()
 
 
 def test_what_can_be_counted_is_counted_beside_errors(client: Client) -> None:
