@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import gc
 import os
 import signal
 
@@ -12,3 +13,10 @@ for _name in ("KANGAROO_DATA_CACHE", "KANGAROO_TRAINER", "KANGAROO_ATTEMPT", "KA
 # A shell's background jobs begin with Ctrl-C ignored, and would hand that on to the programs that tests interrupt.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# What tests import, torch among it, is a million objects that stay: to look for garbage there took an eighth of the time.
+gc.set_threshold(10_000)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
