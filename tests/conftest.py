@@ -14,7 +14,7 @@ for _name in ("KANGAROO_DATA_CACHE", "KANGAROO_TRAINER", "KANGAROO_ATTEMPT", "KA
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# What tests import, torch among it, is a million objects that stay: to look for garbage there took an eighth of the time.
+# torch and the like are a million objects that stay: to look for garbage among them took an eighth of the time.
 gc.set_threshold(10_000)
 
 
