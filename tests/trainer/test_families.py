@@ -157,7 +157,10 @@ def test_what_is_suggested_is_right(family: str) -> None:
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"model_type": "bert"}, "model_type 'bert': "),
+        (
+            {"model_type": "bert"},
+            "model_type 'bert': no family says which axes its tensors have; there are gemma, .* how to add one",
+        ),
         ({"model_type": "llama", "quantization_config": {"bits": 4}}, "quantised"),
         ({"model_type": "llama", "hidden_size": "64"}, "hidden_size '64'"),
         (
@@ -258,6 +261,88 @@ def test_a_family_says_which_kinds_of_rope_a_config_uses() -> None:
         "yarn",
         "default",
     }
+
+
+#: What config.json of published checkpoints holds beside their sizes.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "Gemma 2B": {"model_type": "gemma", "hidden_act": "gelu", "rope_theta": 10000.0, "rope_scaling": None},
+    "Gemma 2 2B": {
+        "model_type": "gemma2",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "query_pre_attn_scalar": 256,
+        "cache_implementation": "hybrid",
+        "rope_theta": 10000.0,
+        "sliding_window": 4,
+    },
+    "Gemma 3 1B": {
+        "model_type": "gemma3_text",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 256,
+        "rope_theta": 1000000,
+        "rope_local_base_freq": 10000,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        "sliding_window": 4,
+        "sliding_window_pattern": 2,
+    },
+    "Phi-4 mini": {
+        "model_type": "phi3",
+        "hidden_size": 24,
+        "hidden_act": "silu",
+        "rope_theta": 10000.0,
+        "rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]},
+        "partial_rotary_factor": 0.5,
+        "original_max_position_embeddings": 8,
+        "sliding_window": 262144,
+    },
+    "Qwen2.5 7B 1M": {
+        "model_type": "qwen2",
+        "rope_theta": 10000000.0,
+        "use_sliding_window": False,
+        "sliding_window": 32768,
+        "max_window_layers": 28,
+    },
+    "Pythia": {
+        "model_type": "gpt_neox",
+        "num_attention_heads": 3,
+        "rotary_emb_base": 10000,
+        "rotary_pct": 0.25,
+        "use_parallel_residual": True,
+    },
+}
+
+
+#: What says nothing of the function: who wrote it, what a list that stands there was once made from.
+UNHEARD = ("transformers_version", "_sliding_window_pattern", "cache_implementation", "partial_rotary_factor")
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_a_config_of_transformers_4_grows_as_the_same_one_of_transformers_5(model: str, tmp_path: Path) -> None:
+    """Each grown as it was published, and as transformers 5 writes it: it reads both as one model."""
+    from transformers import AutoConfig
+
+    sizes = {"hidden_size": 12, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 4}
+    sizes |= {"intermediate_size": 20, "num_hidden_layers": 4, "vocab_size": D_VOCAB, "max_position_embeddings": 24}
+    old = sizes | PUBLISHED[model]
+    if old["model_type"] in ("phi3", "gpt_neox"):
+        del old["head_dim"]
+    AutoConfig.for_model(**json.loads(json.dumps(old))).save_pretrained(tmp_path)
+    new = read_config(tmp_path)
+    family = family_of(old)
+    described = family.shape_of(old)
+    assert described == family.shape_of(new)
+
+    # Every head twice as wide, or half as many again; blocks in another order; a longer context, theta squared.
+    shape = described.shape
+    wider = {"d_head": 2 * shape.d_head, "d_model": 2 * shape.d_model, "n_layers": 3}
+    grown = []
+    for config in (old, new):
+        sized = family.resized(config, shape.model_copy(update=wider), sources=[1, 1, 2])
+        longer = family.extended(sized, n_positions=96, d_vocab=60, rope_power=2.0)
+        heard = AutoConfig.for_model(**json.loads(json.dumps(longer))).to_dict()
+        grown.append({name: value for name, value in heard.items() if name not in UNHEARD})
+    assert grown[0] == grown[1]
 
 
 def test_an_unknown_family_is_refused_by_name() -> None:
