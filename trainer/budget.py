@@ -9,6 +9,7 @@ import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,12 +66,14 @@ def sheet(
     return {name: _budget(spec, name, known, flops_per_second, train_tokens) for name in spec.models}
 
 
+@lru_cache(maxsize=256)  # a page asks for the same shapes at every keystroke
 def parameters(family: str, shape: Shape, n_positions: int, d_vocab: int, tied: bool) -> Parameters:
     """Parameters in all, and without the embeddings."""
     table = get_family(family).parameters(shape, n_positions, d_vocab, tied)
     return Parameters(sum(p.size for p in table), sum(p.size for p in table if not p.is_embedding))
 
 
+@lru_cache(maxsize=256)
 def flops_per_token(family: str, shape: Shape, n_ctx: int, d_vocab: int, tied: bool) -> float:
     """FLOPs of training on one token: forward, and twice as much backward.
 
