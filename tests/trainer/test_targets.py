@@ -95,6 +95,7 @@ def test_stages_grow_from_one_to_the_next(family: str, growths: int) -> None:
     assert len(set(steps)) == len(steps)
     for one, next_one in pairwise(steps):
         check(family, one, next_one, GrowInit(parent="p"))
+        assert next_one.d_model * parent.n_heads == parent.d_model * next_one.n_heads
     sizes = [parameters(family, shape, 64, d_vocab, True).total for shape in steps]
     assert sizes == sorted(sizes)
 

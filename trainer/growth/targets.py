@@ -236,7 +236,9 @@ def _between(family: Family, parent: Shape, child: Shape, last: Shape, share: fl
         return deeper  # what has its own rules changes once, at the end
     kv_heads = part(parent.kv_heads, child.kv_heads)
     n_heads = kv_heads * members
-    d_model = n_heads * child.d_head if family.square else part(parent.d_model, child.d_model, n_heads)
+    d_model = part(parent.d_model, child.d_model, n_heads)
+    if parent.d_model * child.n_heads == child.d_model * parent.n_heads:  # then at every stage, as square families must
+        d_model = parent.d_model * n_heads // parent.n_heads
     d_mlp = min(child.d_mlp, max(parent.d_mlp, _sensible(parent.d_mlp, part(parent.d_mlp, child.d_mlp))))
     n_kv_heads = None if kv_heads == n_heads else kv_heads
     shape = _valid(family, deeper, d_model=d_model, n_heads=n_heads, n_kv_heads=n_kv_heads, d_mlp=d_mlp)
