@@ -199,7 +199,9 @@ def test_fields_that_a_config_leaves_out_are_what_transformers_takes_them_for() 
         heard = AutoConfig.for_model(**silent).to_dict()
         sizes = get_family(family).resized({}, get_family(family).shape_of(heard).shape)
         # Sizes that every checkpoint's config has; the rest may be left out.
-        stated = {field: sizes[field] for field in ("hidden_size", "num_attention_heads") if field in sizes}
+        stated: dict[str, Any] = {
+            field: sizes[field] for field in ("hidden_size", "num_attention_heads") if field in sizes
+        }
         stated |= {field: heard[field] for field in ("intermediate_size", "num_hidden_layers") if field in sizes}
         said = AutoConfig.for_model(**silent, **stated, vocab_size=53).to_dict()
         assert get_family(family).shape_of(silent | stated | {"vocab_size": 53}) == get_family(family).shape_of(said)
