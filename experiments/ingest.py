@@ -200,7 +200,8 @@ def _known(event: Any) -> dict[str, Any]:
             }
         case "grown":
             # Where each tensor comes from is long, and is kept in the note alone.
-            known |= {"grown": {name: value for name, value in _plain(event).items() if name != "lineage"}}
+            grown = {name: value for name, value in _plain(event).items() if name != "lineage"}
+            known |= {"grown": grown, "reason": Reason.TRAINING}  # a model that grew on the way trains on
         case "train":
             known |= _progress(event) | {
                 "train_cross_entropy": _number(event.cross_entropy),

@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,14 @@ from trainer.growth.learn import Learned, learn
 from trainer.growth.lineage import lineage
 from trainer.growth.moments import LrScale, grow_moments, lr_scales
 from trainer.processes import Processes
+from trainer.reports import Report, reported
 from trainer.shape import CheckpointInit, GrowInit, RandomInit, Shape
 from trainer.spec import ExperimentSpec, TrainSpec, for_transformers
 from trainer.symmetry import Symmetry, whole_axes
 from trainer.train import Fields, State
+
+#: Tells `preparing` events, and returns.
+Making = Generator[Fields, None, "Made"]
 
 #: Growth is measured on at most this many held-out tokens, in float32.
 GROWTH_TOKENS = 16_384
@@ -79,7 +84,7 @@ class Maker:
         self.wanted, self.settings = spec.models[name], spec.train_of(name)
         self.family = get_family(self.wanted.family)
 
-    def first(self, shape: Shape | None, precision: str) -> Made:
+    def first(self, shape: Shape | None, precision: str) -> Making:
         """Before the run's first step, of that shape; None: of the checkpoint's."""
         init = self.wanted.init
         if isinstance(init, RandomInit):
@@ -97,13 +102,13 @@ class Maker:
                 f"{init.parent} was trained with another tokenizer than {self.name} would be: the text has changed "
                 "since. Train both in a new run."
             )
-        return self._grown(init, source, init.parent, shape, 0, 0, precision)
+        return (yield from self._grown(init, source, init.parent, shape, 0, 0, precision))
 
-    def next(self, shape: Shape, stage: int, step: int, precision: str) -> Made:
+    def next(self, shape: Shape, stage: int, step: int, precision: str) -> Making:
         """Grown from the run's own checkpoint after `step` steps, where its stage number `stage` begins."""
         assert isinstance(self.wanted.init, GrowInit)
         source = self.directory / train.checkpoint_path(step)
-        return self._grown(self.wanted.init, source, self.name, shape, stage, step, precision)
+        return (yield from self._grown(self.wanted.init, source, self.name, shape, stage, step, precision))
 
     def resumed(self, folder: Path, shape: Shape | None, stage: int, record: Fields) -> Made:
         """From a checkpoint, of stage number `stage`, and what it says of how it came to its size."""
@@ -176,7 +181,7 @@ class Maker:
 
     def _grown(
         self, init: GrowInit, source: Path, parent: str, shape: Shape, stage: int, step: int, precision: str
-    ) -> Made:
+    ) -> Making:
         start = time.perf_counter()
         weights, learned = self.directory / ".grown", None
         try:
@@ -186,10 +191,20 @@ class Maker:
             growth = self._plan(init, described, shape, self._asked(init, stage))
             if self.processes.first:
                 shutil.rmtree(weights, ignore_errors=True)
-                # Noise of a later growth is to be none that is in the weights already.
-                grow_checkpoint(source, weights, growth, self.settings.seed + (stage << 32))
+
+                def grow(report: Report) -> None:
+                    def progress(done: int, total: int, what: str) -> None:
+                        report(f"{what} the grown model, in bytes", done, total)
+
+                    # Noise of a later growth is to be none that is in the weights already.
+                    seed = self.settings.seed + (stage << 32)
+                    grow_checkpoint(source, weights, growth, seed, progress=progress)
+
+                stopped = StopRequested(step, str(train.checkpoint_path(step)) if step else None)
+                yield from reported(grow, self.stop, stopped)
                 if init.learn_steps:
-                    learned = self._learn(init, source, weights, growth, stage, step, precision)
+                    learn_maps = partial(self._learn, init, source, weights, growth, stage, precision)
+                    learned = yield from reported(learn_maps, self.stop, stopped)
                 self.processes.wait()
             child = load_model(weights, self.device)
             record = self._record(init, described, growth, source)
@@ -240,7 +255,14 @@ class Maker:
         )
 
     def _learn(
-        self, init: GrowInit, source: Path, weights: Path, growth: GrowthPlan, stage: int, step: int, precision: str
+        self,
+        init: GrowInit,
+        source: Path,
+        weights: Path,
+        growth: GrowthPlan,
+        stage: int,
+        precision: str,
+        report: Report,
     ) -> Learned:
         """Train the maps, and put what they make into the folder of the plan's child.
 
@@ -254,10 +276,6 @@ class Maker:
             self.spec.train.seed + (stage + 1 << 32),
         )
 
-        def progress(done: int, total: int, loss: float) -> None:
-            if self.stop():
-                raise StopRequested(step, str(train.checkpoint_path(step)) if step else None)
-
         learned = learn(
             load_model(source, self.device),
             growth,
@@ -267,7 +285,7 @@ class Maker:
             lr=init.learn_lr,
             seed=self.settings.seed,
             device=self.device,
-            progress=progress,
+            progress=lambda done, total, loss: report("learning the maps of growth, in steps", done, total),
             precision=precision,
         )
         child.load_state_dict(learned.state)

@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import importlib
 import json
 import math
 import os
 import platform
-import queue
 import resource
 import socket
 import sys
@@ -40,6 +40,7 @@ from trainer.data import TEXT_FILES, Prepared, default_cache, prepare
 from trainer.endings import DataError, Diverged, StopRequested, ending
 from trainer.events import Event, Failed, Finished
 from trainer.processes import Processes, here, is_lost
+from trainer.reports import reported
 from trainer.shape import GrowInit
 from trainer.spec import DataSpec, ExperimentSpec, SpecError, TrainSpec, load_spec
 
@@ -178,7 +179,8 @@ def _story(
     if _reads_with_libraries(spec.data):
         imports.join()  # `datasets` looks into transformers, and fails where that is half imported
     if processes.first:
-        prepared = yield from _prepare(spec, cache, stop)
+        work = functools.partial(prepare, spec.data, cache)
+        prepared = yield from reported(work, stop, StopRequested(0, None))
         for note in prepared.notes:
             yield {"kind": "warning", "message": note}
         imports.join()
@@ -221,7 +223,7 @@ def _story(
         widest = max((m.shape.d_model for m in spec.models.values() if m.shape), default=768)
         precision = train.choose_precision(settings.precision, widest, device) if processes.first else ""
         precision = processes.from_first("the precision", precision, stop)
-        made = makes.first(stages[0].shape, precision)
+        made = yield from makes.first(stages[0].shape, precision)
         state = made.charged_to(state)
 
     setup_seconds = time.perf_counter() - began - made.learning_seconds
@@ -282,7 +284,7 @@ def _story(
         del made, stretch  # both sizes will be there when the growth is measured: a third copy would be too many
         following = stages[state.stage + 1].shape
         assert following is not None
-        made = makes.next(following, state.stage + 1, state.step, precision)
+        made = yield from makes.next(following, state.stage + 1, state.step, precision)
         seconds = state.setup_seconds + time.perf_counter() - began - made.learning_seconds
         state = made.charged_to(replace(state, stage=state.stage + 1, stage_step=state.step, setup_seconds=seconds))
 
@@ -324,39 +326,6 @@ def _reads_with_libraries(data: DataSpec) -> bool:
     """Whether `datasets` or transformers may read the text or its tokenizer: not where it is plain files and a BPE."""
     plain = data.kind == "built-in" or (data.kind == "local" and Path(data.source).suffix in TEXT_FILES)
     return not plain or data.tokenizer.kind != "bpe"
-
-
-def _prepare(spec: ExperimentSpec, cache: Path, stop: Callable[[], bool]) -> Generator[Fields, None, Prepared]:
-    """Events of the preparation, which works in a thread of its own; returns what it prepared."""
-    reports: queue.SimpleQueue[tuple[str, int | None, int | None] | None] = queue.SimpleQueue()
-    outcome: list[Prepared | BaseException] = []
-
-    def work() -> None:
-        try:
-            outcome.append(prepare(spec.data, cache, lambda what, done, total: reports.put((what, done, total))))
-        except BaseException as error:
-            outcome.append(error)
-        finally:
-            reports.put(None)
-
-    threading.Thread(target=work, daemon=True).start()
-    said, at = "", 0.0
-    while True:
-        if stop():
-            raise StopRequested(0, None)
-        try:
-            report = reports.get(timeout=0.2)
-        except queue.Empty:
-            continue
-        if report is None:
-            break
-        what, done, total = report
-        if what != said or done == total or time.monotonic() - at > 1.0:
-            said, at = what, time.monotonic()
-            yield {"kind": "preparing", "what": what, "done": done, "total": total}
-    if isinstance(outcome[0], BaseException):
-        raise outcome[0]
-    return outcome[0]
 
 
 def _check_share(settings: TrainSpec, processes: Processes) -> None:

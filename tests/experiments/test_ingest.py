@@ -76,6 +76,24 @@ def test_a_run_is_told_from_beginning_to_end(run: ModelRun) -> None:
     assert (point.step, point.accuracy, point.n_tokens, point.lr) == (10, 0.3, 1000, None)
 
 
+def test_a_model_that_grew_on_the_way_is_known_as_it_is_now_and_trains_on(run: ModelRun) -> None:
+    rules = {"parent": "small", "width": "duplicate", "depth": "identity"}
+    cost = {"steps": 5, "tokens": 320, "flops": 1e9, "seconds": 2.5, "peak_memory_bytes": 1 << 20}
+    learned = cost | {"loss_before": 4.5, "loss_after": 4.0}
+    chunk = lines(
+        {"kind": "prepared", **prepared(30, 0)},
+        {"kind": "grown", **grown(rules)},
+        train(10),
+        {"kind": "preparing", "what": "writing the grown model, in bytes", "done": 1, "total": 2},
+        {"kind": "grown", **grown(rules), "step": 10, "parameters": 4000, "optimizer": "grown", "learned": learned},
+    )
+    assert ingest(run, chunk, 0) == len(chunk)
+    run.refresh_from_db()
+    assert run.reason == Reason.TRAINING
+    assert (run.grown["step"], run.grown["parameters"], run.grown["learned"]) == (10, 4000, learned)
+    assert [note.data["step"] for note in run.notes.filter(kind="grown").order_by("seq")] == [0, 10]
+
+
 def test_the_same_bytes_twice_change_nothing(run: ModelRun) -> None:
     chunk = lines(STARTED, train(1), train(2))
     ingest(run, chunk, 0)
