@@ -119,7 +119,11 @@ def test_a_grown_model_goes_on_as_its_parent_would_if_rates_and_moments_are_grow
         "by_width": {"shape": wide, "init": grow | {"ladder": ladder, "lr_by_width": True}},
         "one_rate": {"shape": wide, "init": grow | {"ladder": ladder}},
         "fresh": {"shape": wide, "init": grow | {"ladder": ladder, "lr_by_width": True, "optimizer": "fresh"}},
-    }
+        "further": {"shape": SMALL, "init": grow | {"parent": "going_on"}, "train": {"max_steps": 5}},
+        "wide_further": {
+            "shape": wide, "init": grow | {"parent": "by_width", "lr_by_width": True}, "train": {"max_steps": 5},
+        },
+    }  # fmt: skip
     spec = parse_spec(held)
     found = {}
     for name in spec.models:
@@ -128,8 +132,9 @@ def test_a_grown_model_goes_on_as_its_parent_would_if_rates_and_moments_are_grow
     going_on = found["going_on"]
     assert len(going_on) == 30
     assert found["by_width"] == pytest.approx(going_on, rel=2e-5)
+    assert found["wide_further"] == pytest.approx(found["further"], rel=2e-5), "rates are relative to the parent's own"
     # Alike for ever: with nothing to part them, copies get equal gradients.
-    notes = {name: events(tmp_path / name, "warning") for name in found}
+    notes = {name: events(tmp_path / name, "warning") for name in found if not name.endswith("further")}
     assert {name for name, said in notes.items() if said} == {"by_width", "one_rate", "fresh"}
     assert len(notes["by_width"]) == 1
     assert "extra width learns nothing" in notes["by_width"][0]["message"]

@@ -147,16 +147,15 @@ def _multiplied(new: Parameter, plan: GrowthPlan) -> float:
 def lr_scales(plan: GrowthPlan, before: Mapping[str, LrScale] | None = None) -> dict[str, LrScale]:
     """By the child's parameters, what AdamW needs to move what they compute as fast as the parent's did.
 
-        learning rate    c_out / n       n      how often an input is copied
-        weight decay     n / c_out       c_out  what outputs are multiplied with: 1 but for queries of a wider head,
-        epsilon          1 / n_out              tables that are scaled, and gains, by what the maps made of them
+        learning rate    c / n         n      how often an input is copied
+        weight decay     n / c         c      what weights were multiplied with
+        epsilon          1 / n_out     n_out  how often an output is copied
 
-    so the rate of a matrix is divided by how often its inputs are copied, an output head's too; tables (also one that
-    is tied to the head), biases and gains keep theirs, but for the final norm's in a model with tied embeddings, which
-    was divided by kappa. The product of rate and decay stays. Epsilon goes with the size of the gradient, which is
-    shared among n_out copies of an output. Where copies differ in number or weight, n is the mean over the inputs.
-
-    Of copies that are to learn different things the same holds: what is read from n units is a sum over n.
+    so the rate of a matrix is divided by how often its inputs are copied, an output head's too. Tables (also one that
+    is tied to the head), biases and gains have no copied inputs, and keep theirs where c is 1: it is not where the plan
+    scales what it copies (queries of a wider head, channels at ratios that are not whole, the final norm before a tied
+    head). The product of rate and decay stays. Epsilon goes with the size of the gradient, which the copies of an
+    output share; a head has none. Where copies differ in number or weight, all three are means over a tensor.
 
     `before`: the parent's own scales, where it was itself trained with such; the child's are relative to them.
     """
