@@ -213,12 +213,8 @@ def _choices_of(literal: Any, said: Mapping[str, str] | None = None) -> list[tup
 
 _BY = {"both": "width and depth", "width": "width alone", "depth": "depth alone"}
 _STAGING = {"even": "width and depth together", "gradual": "width first, then blocks (gradual stacking)"}
-_SPLIT = {
-    "even": "even: each the same share",
-    "uneven": "uneven: at random",
-    "diagonal": "diagonal: its own copy alone",
-}
-_OPTIMIZER = {"fresh": "fresh: moments start at zero", "grown": "grown: from small's, as its weights"}
+_SPLIT = {"even": "evenly", "uneven": "unevenly, at random", "diagonal": "its own copy alone"}
+_OPTIMIZER = {"fresh": "fresh", "grown": "grown from small's"}
 
 
 class ExperimentForm(forms.Form):
@@ -286,7 +282,7 @@ class ExperimentForm(forms.Form):
     )
     learn_steps = WholeField(help_text="Batches that the maps are trained on. Their cost is charged to scaled.")
     learn_lr = NumberField(help_text="Of that, and of the maps alone.")
-    growths = WholeField(label="Growths in all", help_text="1: at once.")
+    growths = WholeField(label="Growths in all")
     staging = _select(_choices_of(Staging, _STAGING), label="Each adds", required=False)
     rungs = forms.CharField(required=False, widget=forms.HiddenInput, initial=0)
     train_large = _check(

@@ -104,7 +104,8 @@ form.addEventListener("click", async (event) => {
   const current = document.querySelector("[data-preset][aria-current]");
   const now = read(page.getElementById("experiment"));
   adopt(page);
-  const focus = document.getElementById(button.id) ?? document.querySelector(`button[value="${button.value}"]`);
+  // The button may be gone: there is nothing left to choose, or no such stage.
+  const focus = document.querySelector(button.value === "growth" ? "[name=width]:checked" : `button[value="${button.value}"]`);
   if (same(now, values)) {
     form.dispatchEvent(new Event("input", { bubbles: true }));
   } else {
