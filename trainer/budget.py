@@ -25,8 +25,8 @@ BASE_BYTES = 439_000_000
 #: Shown on top of the estimate, which was 11 % below to 3 % above what was measured.
 MEMORY_MARGIN = 1.1
 #: How much of what is kept the allocator needs on top, for temporaries and the holes that they leave: fitted, on CPU.
-#: LayerNorm is one operation; RMSNorm and RoPE are chains of them, in fp32.
-HOLES = {"LayerNorm": 1.1, "RMSNorm": 1.5}
+#: LayerNorm is one operation; RMSNorm and RoPE are chains of them, in fp32. Phi-3 took more.
+HOLES = {"LayerNorm": 1.1, "RMSNorm": 1.5, "RMSNorm, fused bf16": 2.1}
 
 
 class Parameters(NamedTuple):
@@ -82,8 +82,8 @@ def flops_per_token(family: str, shape: Shape, n_ctx: int, d_vocab: int, tied: b
                                L  n_layers    T  n_ctx    a = n_heads d_head
 
     2 M is a multiplication and an addition an entry. Attention is 2 a T for scores and 2 a T for the mix of values, at
-    half, since a token sees only what stands before it. For GPT-2, M = L (4 D^2 + 2 D F) + D V; grouped heads and
-    gated MLPs change M alone. Norms, softmax and biases are left out, as is usual: Kaplan et al. 2020
+    half, since a token sees only what stands before it; a window counts as if it reached back to the beginning. For
+    GPT-2, M = L (4 D^2 + 2 D F) + D V; grouped heads and gated MLPs change M alone. Norms, softmax and biases are left out, as is usual: Kaplan et al. 2020
     (https://arxiv.org/abs/2001.08361, table 1; there with attention in full), Hoffmann et al. 2022
     (https://arxiv.org/abs/2203.15556, appendix F).
     """
@@ -111,7 +111,14 @@ def memory_bytes(family: str, shape: Shape, train: TrainSpec, n_positions: int, 
     blocks = sum(p.size for p in table if p.layer is not None and p.kind == "matrix")
     half = train.precision != "fp32"  # `auto` may turn out either way: the recipe where bf16 is fast
     kept = train.tokens_per_step * shape.n_layers * activation_bytes(architecture, shape, train.n_ctx, half)
-    kept = round(kept * HOLES["LayerNorm" if architecture.mean_centred else "RMSNorm"])
+    norm = (
+        "LayerNorm"
+        if architecture.mean_centred
+        else "RMSNorm, fused bf16"
+        if architecture.fused and half
+        else "RMSNorm"
+    )
+    kept = round(kept * HOLES[norm])
     head = 4 * d_vocab * shape.d_model + 12 * LOSS_CHUNK * d_vocab
     return round(MEMORY_MARGIN * (BASE_BYTES + 16 * total + kept + (2 * blocks if half else 0) + head))
 
@@ -125,10 +132,10 @@ def activation_bytes(family: Family, shape: Shape, n_ctx: int, half: bool) -> in
     q, kv = shape.n_heads * shape.d_head, shape.kv_heads * shape.d_head
     one_block = family.parameters(shape.model_copy(update={"n_layers": 1}), 1, 1, True)
     n_norms = sum(p.layer is not None and p.kind == "norm_gain" and p.out == (("embed",),) for p in one_block)
-    # The input of each norm, one where two read the same; RMSNorm, built of single operations, keeps the normalised too.
+    # The input of each norm, one where two read the same; RMSNorm, built of single operations, keeps the normed too.
     norms = 4 * (1 if family.parallel else n_norms) * d * (1 if family.mean_centred else 2)
     # The output of each norm, cast once for each matrix that reads it (q, k, v, gate, up; c_attn, c_fc).
-    # Queries and keys as given and as normed, in fp32; norms of single heads round before their gain, but Gemma's after.
+    # Queries and keys as given and as normed, in fp32; of single heads rounded before their gain, Gemma's after.
     rounds = half and family.qk_norm == "head" and not family.gain_from_one
     norms += (q + kv) * (6 if rounds else 8) if family.qk_norm else 0
     products = 5 * d if half and not family.fused else 2 * d
