@@ -22,9 +22,10 @@ from pydantic import ValidationError
 
 from trainer.families import FamilyError, family_of
 from trainer.growth import GrowthError, GrowthPlan, plan, resolve_shape
-from trainer.growth.apply import grow_checkpoint, parameter_counts
+from trainer.growth.apply import grow_checkpoint, named_weights, open_source, parameter_counts
+from trainer.growth.certificate import tolerance
 from trainer.growth.sources import Located, locate
-from trainer.growth.weights import NAMES, SourceError, itemsize
+from trainer.growth.weights import EPSILON, NAMES, SourceError, itemsize
 from trainer.shape import GrowInit
 from trainer.spec import problems_of
 
@@ -95,21 +96,26 @@ def _grow(given: argparse.Namespace, teller: Teller) -> int:
             max_shard_bytes=given.max_shard_size,
             dtype=given.dtype,
         )
-        measured = _measured(folder, out, given.text, teller) if given.text else {"measured": None}
+        measured = _measured(folder, out, given.text, growth, teller) if given.text else {"measured": None}
     said = {"because": growth.because, "warnings": list(growth.warnings), "out": str(out), "not_measured": None}
     teller.grown(outcome | said | measured)
     return 0
 
 
-def _measured(small: Path, large: Path, text: Path, teller: Teller) -> dict[str, Any]:
-    """Both models on a text, or why not: the grown one is there all the same."""
-    from trainer.verify import VerifyError, measure
+def _measured(small: Path, large: Path, text: Path, growth: GrowthPlan, teller: Teller) -> dict[str, Any]:
+    """Both models on a text, with the difference of logits that rounding may leave (`allowed`); or why not: the grown
+    one is there all the same."""
+    from trainer.verify import VerifyError, measure, rounding
 
     teller.progress(0, 1, "measuring")
     try:
-        return {"measured": measure(small, large, text)}
+        found = measure(small, large, text)
     except VerifyError as error:
         return {"measured": None, "not_measured": str(error)}
+    dtypes = {tensor.dtype for tensor in named_weights(open_source(large)).values()}
+    # Copies are summed, and noise that is unseen in exact arithmetic makes each as much larger.
+    larger = max(tolerance(dtype, growth) / (4 * EPSILON[dtype]) for dtype in dtypes)
+    return {"measured": {**found, "allowed": larger * rounding(found["logit_scale"], dtypes)}}
 
 
 def _planned(
@@ -282,7 +288,7 @@ def outcome_sentences(outcome: Fields) -> str:
     if outcome["tensors"]:
         lines.append(
             f"Certificate: all {len(outcome['tensors'])} tensors keep the parent's function; the largest residual is "
-            f"{outcome['residual']:.2g}."
+            f"{outcome['residual']:.2g}, of {outcome['tolerance']:.2g} that rounding may leave."
         )
     if measured := outcome["measured"]:
         lines.append(

@@ -1,4 +1,4 @@
-"""A Hugging Face Hub of one dataset, as far as `datasets` asks of it: `with hub(files, fetched) as address`."""
+"""A Hugging Face Hub of one dataset or model, as far as is asked of it: `with hub(files, fetched) as address`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Literal
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "a" * 40
 
 
 @contextmanager
-def hub(files: dict[str, bytes], fetched: set[str], name: str = "some/one") -> Iterator[str]:
-    """Serve `files` as the dataset `name`; gives its address, for HF_ENDPOINT. What is asked for is `fetched`."""
+def hub(
+    files: dict[str, bytes], fetched: set[str], name: str = "some/one", kind: Literal["datasets", "models"] = "datasets"
+) -> Iterator[str]:
+    """Serve `files` as `name`; gives its address, for HF_ENDPOINT. What is asked for is `fetched`."""
+    place = f"/datasets/{name}/resolve/" if kind == "datasets" else f"/{name}/resolve/"
 
     class Hub(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
@@ -27,14 +31,15 @@ def hub(files: dict[str, bytes], fetched: set[str], name: str = "some/one") -> I
 
         def do_GET(self) -> None:
             path = unquote(urlsplit(self.path).path)
-            if path.startswith(f"/api/datasets/{name}/tree/"):
+            _, _, file = path.removeprefix(place).partition("/")  # after the revision
+            if path.startswith(f"/api/{kind}/{name}/tree/"):
                 self.tell(entries())
-            elif path.startswith(f"/api/datasets/{name}"):
+            elif path.startswith(f"/api/{kind}/{name}"):
                 self.tell({"id": name, "sha": COMMIT, "siblings": [{"rfilename": file} for file in files]})
-            elif path.startswith(f"/datasets/{name}/resolve/") and path.split("/", 6)[-1] in files:
-                content = files[path.split("/", 6)[-1]]
+            elif path.startswith(place) and file in files:
+                content = files[file]
                 if self.command == "GET":
-                    fetched.add(path.split("/", 6)[-1])
+                    fetched.add(file)
                 headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha1(content).hexdigest()}"'}
                 self.answer(200, content, headers)
             else:
@@ -61,7 +66,7 @@ def hub(files: dict[str, bytes], fetched: set[str], name: str = "some/one") -> I
         ]
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()  # looks so often for its end
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}"
     finally:

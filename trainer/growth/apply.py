@@ -114,7 +114,7 @@ def grow_checkpoint(
     libraries were told, or the process has cores, :data:`MOST_THREADS` at most.
 
     Returns parameters, new_parameters, bytes (of the weights' files), seconds, preserves, tensors (the residual of each
-    by its name) and the largest residual; {} and None where nothing was verified.
+    by its name), the largest residual, and the tolerance that rounding got; {} and None where nothing was verified.
 
     Raises :class:`FamilyError` or :class:`SourceError` for a source that cannot be read, :class:`GrowthError` for a
     plan that is not for this source or a value that `dtype` cannot hold, FileExistsError where `out` holds something,
@@ -139,6 +139,7 @@ def grow_checkpoint(
         size = _write_weights(folder, weights, plan, seed, dtype, max_shard_bytes, threads, progress)
         residuals = _verified(weights, folder, plan, threads, progress) if verify and plan.preserves else {}
     before, after = parameter_counts(plan)
+    usual = dtype or _usual(weights)
     return {
         "parameters": after,
         "new_parameters": after - before,
@@ -146,6 +147,7 @@ def grow_checkpoint(
         "seconds": time.perf_counter() - began,
         "preserves": plan.preserves,
         "residual": max(residuals.values(), default=None),
+        "tolerance": tolerance(usual, plan) if residuals else None,
         "tensors": residuals,
     }
 
@@ -217,8 +219,12 @@ def _plain(shape: Any) -> dict[str, Any]:
 # --- Writing and reading again ----------------------------------------------------------------------------------------
 
 
+def _usual(weights: Mapping[str, Tensor]) -> str:
+    return next(iter(weights.values())).dtype
+
+
 def _entries(weights: Mapping[str, Tensor], origins: Iterable[Origin], dtype: str | None) -> list[Entry]:
-    usual = next(iter(weights.values())).dtype
+    usual = _usual(weights)
     return [
         Entry(new.name, dtype or (weights[old.name].dtype if old else usual), new.shape) for new, old, *_ in origins
     ]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -149,11 +150,11 @@ class OnHub:
             ) from None
 
     def _way_out(self, commit: str) -> str:
-        from huggingface_hub import list_repo_files
+        from huggingface_hub import HfApi
 
         files: list[str] = []
         with contextlib.suppress(SourceError), self._said():
-            files = list_repo_files(self.name, revision=commit)
+            files = HfApi().list_repo_files(self.name, revision=commit)
         if any(file.endswith(_PICKLES) for file in files):
             return f"{self.name}: has only pickled weights, which can run code when read. {unpickling(self.name)}"
         if ggufs := sorted(file for file in files if file.endswith(".gguf")):
@@ -176,11 +177,13 @@ class Gguf:
 
         with self._said():
             config = AutoConfig.from_pretrained(str(self.path.parent), gguf_file=self.path.name, local_files_only=True)
-            return dict(config.to_dict())
+            return {key: value for key, value in config.to_dict().items() if key != "quantization_config"}
 
     @contextmanager
     def folder(self, scratch: Path, progress: Progress | None = None) -> Iterator[Path]:
-        family_of(self.config())
+        config = self.config()
+        family_of(config)
+        from huggingface_hub import save_torch_model
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils.logging import disable_progress_bar
 
@@ -197,8 +200,10 @@ class Gguf:
                 )
                 if lacks := sorted(loaded["missing_keys"]):  # transformers would fill them with random numbers
                     raise ValueError(f"it lacks the weights {', '.join(lacks[:3])}{' ...' if lacks[3:] else ''}")
-                model.save_pretrained(converted)
+                # Not its own save_pretrained, which takes it for quantised still.
+                save_torch_model(model, converted)
                 del model
+                (Path(converted) / "config.json").write_text(json.dumps(config), encoding="utf-8")
                 AutoTokenizer.from_pretrained(str(self.path.parent), **at).save_pretrained(converted)
             if progress is not None:
                 progress(size, size, "converting")
@@ -227,6 +232,6 @@ class Gguf:
         """What transformers and gguf say of a file that they cannot read, as a sentence."""
         try:
             yield
-        except (ValueError, KeyError, ImportError, RuntimeError, NotImplementedError, AttributeError) as error:
+        except Exception as error:  # of any class: neither library says what a file that is not as it thought will do
             reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise SourceError(f"{self.path}: cannot be read as GGUF: {reason}") from None
