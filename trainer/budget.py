@@ -83,9 +83,9 @@ def flops_per_token(family: str, shape: Shape, n_ctx: int, d_vocab: int, tied: b
 
     2 M is a multiplication and an addition an entry. Attention is 2 a T for scores and 2 a T for the mix of values, at
     half, since a token sees only what stands before it; a window counts as if it reached back to the beginning. For
-    GPT-2, M = L (4 D^2 + 2 D F) + D V; grouped heads and gated MLPs change M alone. Norms, softmax and biases are left out, as is usual: Kaplan et al. 2020
-    (https://arxiv.org/abs/2001.08361, table 1; there with attention in full), Hoffmann et al. 2022
-    (https://arxiv.org/abs/2203.15556, appendix F).
+    GPT-2, M = L (4 D^2 + 2 D F) + D V; grouped heads and gated MLPs change M alone. Norms, softmax and biases are
+    left out, as is usual: Kaplan et al. 2020 (https://arxiv.org/abs/2001.08361, table 1; there with attention in full),
+    Hoffmann et al. 2022 (https://arxiv.org/abs/2203.15556, appendix F).
     """
     table = get_family(family).parameters(shape, n_ctx, d_vocab, tied)
     multiplied = sum(p.size for p in table if p.kind == "matrix" and not p.looked_up)
