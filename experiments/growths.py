@@ -16,6 +16,7 @@ import errno
 import hashlib
 import json
 import logging
+import os
 import shutil
 import sys
 import time
@@ -72,13 +73,15 @@ def request_stop(growth: Growth) -> None:
 
 
 def retry(growth: Growth) -> bool:
-    """Put what failed or was stopped in line again, to begin anew. Raises :class:`experiments.jobs.LimitReached`."""
+    """Put what failed or was stopped in line again, to begin anew; what failed while it was measured is not measured
+    again. Raises :class:`experiments.jobs.LimitReached`."""
     with transaction.atomic():
         jobs.check_limits(growth.owner, 1, growth.planned["bytes"])
         moved = growth.move(
             State.QUEUED,
             Reason.WAITING_FOR_SLOT,
             attempt=growth.attempt + 1,
+            measures=growth.measures and not (growth.state == State.FAILED and growth.phase == "measuring"),
             stop_requested=False,
             queued_at=timezone.now(),
             started_at=None,
@@ -198,7 +201,7 @@ def _begin(growth: Growth) -> bool:
         _settle(growth, State.CANCELLED, Reason.STOPPED)
         return False
     try:
-        sources.checkpoint(growth.source, growth.owner)
+        sources.checkpoint(growth.source, growth.owner, gguf=True)
     except ValidationError as error:
         detail = f"{growth.source_name} is not there any more, or not yours to use: {error.message}."
         _settle(growth, State.FAILED, Reason.BAD_CHECKPOINT, detail=detail)
@@ -239,10 +242,10 @@ class _Reports:
                 report = None
             if not isinstance(report, dict):
                 self.words.append(text)
-            elif "outcome" in report:
-                self.outcome = report
-            else:
+            elif report.get("kind") == "progress":
                 self.progress = report
+            elif report.get("kind") in ("grown", "failed"):
+                self.outcome = report
 
     def _lines(self) -> Iterator[str]:
         try:
@@ -288,16 +291,15 @@ def _conclude(growth: Growth, reports: _Reports, detached: Callable[[], bool]) -
     growth.refresh_from_db(fields=["stop_requested", "state"])
     if growth.state != State.RUNNING:
         return True
-    if outcome.get("outcome") == "grown" and growth.model.is_dir():
+    if outcome.get("kind") == "grown" and growth.model.is_dir():
         files = _digests(growth, detached)
         if files is None:
             return False
         _settle(growth, State.SUCCEEDED, Reason.FINISHED, certificate=_certificate(growth, outcome, files))
     elif growth.stop_requested:
         _settle(growth, State.CANCELLED, Reason.STOPPED)
-    elif outcome.get("outcome") == "failed":
-        reason = Reason.BAD_CHECKPOINT if outcome.get("field") == "source" else Reason.ERROR
-        _settle(growth, State.FAILED, reason, detail=str(outcome.get("message", "")))
+    elif outcome.get("kind") == "failed":
+        _settle(growth, State.FAILED, _why(outcome), detail=str(outcome["message"]))
     else:
         status = agent.status(growth.work)
         if status["exit"]:
@@ -307,10 +309,16 @@ def _conclude(growth: Growth, reports: _Reports, detached: Callable[[], bool]) -
     return True
 
 
+def _why(failed: dict[str, Any]) -> Reason:
+    if os.strerror(errno.ENOSPC) in failed["message"] or " are free" in failed["message"]:
+        return Reason.DISK_FULL
+    return Reason.BAD_CHECKPOINT if failed.get("field") == "source" else Reason.ERROR
+
+
 def _settle(growth: Growth, state: State, reason: Reason, **fields: Any) -> bool:
     """The end of an attempt, and who comes next. False if somebody else has settled it."""
-    if state != State.SUCCEEDED:  # a process that was killed may leave what it had written
-        for left in growth.directory.glob(".model*"):
+    if state != State.SUCCEEDED:  # a process that was killed may leave what it had written, or was converting
+        for left in [growth.model, *growth.directory.glob(".*")]:
             shutil.rmtree(left, ignore_errors=True)
     size = agent.disk_bytes(growth.directory)
     moved = growth.move(state, reason, ended_at=timezone.now(), disk_bytes=size, **fields)
@@ -359,6 +367,7 @@ def _certificate(growth: Growth, outcome: dict[str, Any], files: list[dict[str, 
         "because": outcome.get("because", held["because"]),
         "warnings": outcome.get("warnings", held["warnings"]),
         "residual": outcome.get("residual"),
+        "tolerance": outcome.get("tolerance"),
         "tensors": outcome.get("tensors") or {},
         "measured": outcome.get("measured"),
         "not_measured": outcome.get("not_measured"),

@@ -62,11 +62,13 @@ def text_path(text: str, user: Any) -> Path:
     return path
 
 
-def checkpoint(name: str, user: Any) -> str:
-    """A Hub name, or the resolved path of a Hugging Face folder that `user` may read."""
+def checkpoint(name: str, user: Any, *, gguf: bool = False) -> str:
+    """A Hub name, or the resolved path of a Hugging Face folder that `user` may read, or with `gguf` of such a file."""
     if not is_path(name):
         return hub_name(name)
     path = _allowed(name, user, "give a name on the Hub")
+    if gguf and path.suffix == ".gguf" and path.is_file():
+        return str(path)
     if not (path / "config.json").is_file():
         raise ValidationError("a checkpoint is a folder with config.json and safetensors files in it")
     return str(path)

@@ -1,4 +1,4 @@
-"""The site map of experiments and of the hosts that they train on."""
+"""The site map of experiments, of checkpoints grown by themselves, and of hosts."""
 
 from django.urls import path
 
@@ -20,6 +20,16 @@ urlpatterns = [
     path("experiments/<uuid:pk>/<slug:name>/log/", views.log, name="log"),
     path("experiments/<uuid:pk>/<slug:name>/checkpoint/<slug:checkpoint>/", views.checkpoint, name="checkpoint"),
     path("experiments/<uuid:pk>/<slug:name>/fetch/<slug:checkpoint>/", views.fetch, name="fetch"),
+    path("grow/", views.grow, name="grow"),
+    path("grow/plan/", views.grow_plan, name="grow_plan"),
+    path("growths/", views.growths, name="growths"),
+    path("growths/<uuid:pk>/", views.growth, name="growth"),
+    path("growths/<uuid:pk>/stop/", views.growth_stop, name="growth_stop"),
+    path("growths/<uuid:pk>/retry/", views.growth_retry, name="growth_retry"),
+    path("growths/<uuid:pk>/delete/", views.growth_delete, name="growth_delete"),
+    path("growths/<uuid:pk>/model.zip", views.growth_zip, name="growth_zip"),
+    path("growths/<uuid:pk>/certificate.json", views.growth_certificate, name="growth_certificate"),
+    path("growths/<uuid:pk>/files/<str:name>", views.growth_file, name="growth_file"),
     path("hosts/", views.hosts, name="hosts"),
     path("hosts/add/", views.host_add, name="host_add"),
     path("hosts/<int:pk>/", views.host, name="host"),

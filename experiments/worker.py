@@ -33,7 +33,7 @@ from rq import Worker as RqWorker
 from rq.executions import Execution
 from rq.job import Job
 
-from experiments import broker, growths, jobs
+from experiments import broker, growths, jobs, looks
 
 _detached = False
 
@@ -60,6 +60,12 @@ def grow(pk: str, attempt: int) -> Retry | None:
         raise
     _take_leave()
     return None if ended else Retry(max=10**6)
+
+
+def look(source: str) -> None:
+    """What a checkpoint says of itself, for whoever asks next."""
+    connections.close_all()
+    looks.find_out(source)
 
 
 def _take_leave() -> None:

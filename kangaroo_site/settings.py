@@ -200,6 +200,7 @@ ACCOUNT_DEFAULT_HTTP_PROTOCOL = "https" if HTTPS else "http"
 ACCOUNT_LOGOUT_REDIRECT_URL = "home"
 ACCOUNT_RATE_LIMITS = {  # allauth's own limits stand beside these
     "guest": env.str("GUEST_RATE_LIMIT", "20/h/ip"),
+    "look": "30/m/ip",  # how often the site looks up a checkpoint for somebody: each time it starts a process
     "host": env.str("HOST_RATE_LIMIT", "30/m/user"),  # how often the site tries to reach a user's machines for them
 }
 #: How many proxies stand in front; limits by address are counted for the address that the last of them saw.

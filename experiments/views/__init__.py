@@ -1,6 +1,18 @@
 """Pages and fragments, a function each: `pages` (home, docs), `train` (the Train page), `results` (what came of it),
-`hosts` (machines of one's own)."""
+`growths` (a checkpoint grown by itself), `hosts` (machines of one's own)."""
 
+from experiments.views.growths import (
+    grow,
+    grow_plan,
+    growth,
+    growth_certificate,
+    growth_delete,
+    growth_file,
+    growth_retry,
+    growth_stop,
+    growth_zip,
+    growths,
+)
 from experiments.views.hosts import (
     host,
     host_add,
@@ -38,6 +50,16 @@ __all__ = [
     "edit",
     "experiment",
     "fetch",
+    "grow",
+    "grow_plan",
+    "growth",
+    "growth_certificate",
+    "growth_delete",
+    "growth_file",
+    "growth_retry",
+    "growth_stop",
+    "growth_zip",
+    "growths",
     "home",
     "host",
     "host_add",

@@ -141,7 +141,7 @@ def _page(request: HttpRequest, form: ExperimentForm, status: int = 200, **conte
     context |= sheet | {
         "form": form,
         "presets": PRESETS.values(),
-        "growth": [_half(form, kind, sheet["cards"][kind]) for kind in OPERATORS],
+        "growth": [half(form, kind, sheet["cards"][kind]) for kind in OPERATORS],
         "learned": LEARNED,
         "learned_picture": learned_picture(),
         "legend": LEGEND,
@@ -229,7 +229,7 @@ class Half(NamedTuple):
     is_open: bool
 
 
-def _half(form: ExperimentForm, kind: Literal["width", "depth"], cards: list[Card]) -> Half:
+def half(form: Form, kind: Literal["width", "depth"], cards: list[Card]) -> Half:
     shown, folded = cards[:CARDS_SHOWN], cards[CARDS_SHOWN:]
     return Half(form[kind], shown, folded, any(c.recommended or c.rule.key == form[kind].value() for c in folded))
 
