@@ -54,7 +54,7 @@ class Parameter:
     in_first: bool = False  # stored (in, out): embedding tables and GPT-2's Conv1D
     interleaved: bool = False
     layer: int | None = None
-    writes_residual: bool = False  # with all of these zero, a block adds nothing to the residual stream
+    writes_residual: bool = False  # with all of these `silent`, a block adds nothing to the residual stream
     final_norm: bool = False
     rescales: bool = False  # a gain that leads from one axis (q_dim) to another (q_normed): copies may have other ones
     from_one: bool = False  # a gain that is stored as its difference from one

@@ -67,7 +67,7 @@ class Llama(Family):
             found.append(
                 (
                     "d_model",
-                    f"transformers' Llama wants a multiple of n_heads ({shape.n_heads}): {near}",
+                    f"transformers' {self.title} wants a multiple of n_heads ({shape.n_heads}): {near}",
                 )
             )
         return found
