@@ -194,6 +194,10 @@ class Picture:
     tensors: tuple[TensorRow, ...]
 
     @property
+    def title(self) -> str:
+        return f"{self.child} grows after {self.step:,} steps" if self.step else f"{self.child} from {self.parent}"
+
+    @property
     def parameters(self) -> int:
         return self.lineage.entries
 

@@ -48,11 +48,16 @@ class Made:
     described: Described
     flops_per_token: float
     plan: GrowthPlan | None = None  # by which it came to this size
+    earlier: tuple[GrowthPlan, ...] = ()  # by which it came to those before, in this run
     record: Fields = field(default_factory=dict)  # what a checkpoint must say of that, as JSON
     grown: Fields = field(default_factory=dict)  # of the `grown` event; empty where it was not grown just now
     learning_flops: float = 0.0
     learning_seconds: float = 0.0
     learning_bytes: int = 0
+
+    def symmetry(self) -> Symmetry | None:
+        """What tells how far its copies have parted; None where it was not grown."""
+        return None if self.plan is None else Symmetry(self.model, self.plan, self.earlier)
 
     def charged_to(self, state: State) -> State:
         """`state` at the beginning of this model's stage: what learning the maps took is its run's."""
@@ -117,7 +122,7 @@ class Maker:
             assert shape is not None
             parent = Described(Shape.model_validate(record["parent"][0]), *record["parent"][1:])
             growth = self._plan(init, parent, shape, self._asked(init, stage))
-        made = self._ready(load_model(folder, self.device), shape, growth, record)
+        made = self._ready(load_model(folder, self.device), shape, growth, record, stage)
         train.load_optimizer(made.optimizer, made.model, folder)
         return made
 
@@ -208,7 +213,7 @@ class Maker:
                 self.processes.wait()
             child = load_model(weights, self.device)
             record = self._record(init, described, growth, source)
-            made = self._ready(child, shape, growth, record)
+            made = self._ready(child, shape, growth, record, stage)
             if init.optimizer == "grown":
                 self._fill_optimizer(made, grow_moments(source, growth))
             self.processes.wait()
@@ -233,7 +238,7 @@ class Maker:
             "parameters": _count(child),
             "optimizer": init.optimizer,
             "lineage": lineage(growth).plain(),
-            "symmetry": whole_axes(Symmetry(child, growth).measure()),
+            "symmetry": whole_axes(Symmetry(child, growth, made.earlier).measure()),
         }
         if learned is None:
             return replace(made, grown=grown)
@@ -327,7 +332,12 @@ class Maker:
     # Ready ---------------------------------------------------------------------------------------------------------
 
     def _ready(
-        self, model: Any, shape: Shape | None, growth: GrowthPlan | None = None, record: Fields | None = None
+        self,
+        model: Any,
+        shape: Shape | None,
+        growth: GrowthPlan | None = None,
+        record: Fields | None = None,
+        stage: int = 0,
     ) -> Made:
         """`model` with a fresh optimizer, if it is what the spec says."""
         described = self._described(model, shape)
@@ -344,6 +354,7 @@ class Maker:
                 self.family.name, described.shape, self.settings.n_ctx, described.d_vocab, described.tied
             ),
             plan=growth,
+            earlier=budget.sheet(self.spec)[self.name].growths[:stage],
             record=record or {},
         )
 

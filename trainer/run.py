@@ -384,11 +384,11 @@ def _watched(
     A warning follows where they are still alike at the first that is made once warm-up is over and the model has been
     trained for `eval_every` steps since it grew, after `began` steps.
     """
-    from trainer.symmetry import Symmetry, warning, whole_axes
+    from trainer.symmetry import warning, whole_axes
 
-    if made.plan is None:
+    symmetry, every = made.symmetry(), settings.eval_every
+    if symmetry is None:
         return (yield from events)
-    symmetry, every = Symmetry(made.model, made.plan), settings.eval_every
     due = max(began + every, settings.warmup_steps)
     while True:
         try:

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
@@ -65,12 +64,17 @@ class Key(NamedTuple):
 class Symmetry:
     """Of a model that was grown as `plan` says, in training: `model` is a transformers model on any device.
 
+    Where it was grown before that too, `earlier` has those plans, first growth first: a copy of a copy is a copy.
+
     Bounded work: of a wide axis a fixed sample of sources is compared, of a large matrix a fixed sample of entries.
     """
 
-    def __init__(self, model: torch.nn.Module, plan: GrowthPlan):
+    def __init__(self, model: torch.nn.Module, plan: GrowthPlan, earlier: Sequence[GrowthPlan] = ()):
+        line = [*(each.maps for each in earlier), plan.maps]
         self.axes = {
-            axis: _Copied(axis, axis_map) for axis, axis_map in plan.maps.items() if max(axis_map.multiplicity) > 1
+            axis: _Copied([maps[axis] for maps in line])
+            for axis in plan.maps
+            if any(max(maps[axis].multiplicity) > 1 for maps in line)
         }
         self._sizes = {axis: axis_map.large for axis, axis_map in plan.maps.items()}
         self._parts: dict[Key, list[_Part]] = {}
@@ -202,31 +206,34 @@ class _Part:
 class _Copied:
     """An axis with copies, and which of them are compared."""
 
-    def __init__(self, axis: str, axis_map: AxisMap):
-        self.source = np.asarray(axis_map.source_index, np.intp)
-        self.width = axis_map.large
-        #: Units without a source, and one of each source.
-        self.least = int((self.source == NEW).sum()) + sum(n > 0 for n in axis_map.multiplicity)
-        several = [i for i, n in enumerate(axis_map.multiplicity) if n > 1]
-        by_source: dict[int, list[int]] = {source: [] for source in _spread(several, MOST_SOURCES)}
-        for unit, source in enumerate(self.source.tolist()):
-            if source in by_source:
-                by_source[source].append(unit)
+    def __init__(self, maps: Sequence[AxisMap]):
+        """`maps` of all growths, the first first."""
+        self.width = maps[-1].large
+        #: Equal for copies of one source, and for nothing else.
+        self.classes = _first_sources(maps)
+        copies: dict[int, list[int]] = {}
+        for unit, source in enumerate(self.classes.tolist()):
+            copies.setdefault(source, []).append(unit)
+        self.least = len(copies)  # units without a source, and one of each source
+        several = _spread([units for units in copies.values() if len(units) > 1], MOST_SOURCES)
         sampled: list[int] = []
         pairs: list[tuple[int, int]] = []
-        for units in by_source.values():
-            start, units = len(sampled), _spread(units, MOST_COPIES)
+        for every in several:
+            start, units = len(sampled), _spread(every, MOST_COPIES)
             sampled += units
             pairs += [(start + a, start + b) for b in range(len(units)) for a in range(b)]
         self.sampled = np.asarray(sampled, np.intp)
         #: Pairs of copies of one source as places in `sampled`, the earlier copy first: (pairs, 2).
         self.pairs = np.asarray(pairs, np.intp)
 
-    @cached_property
-    def classes(self) -> Indices:
-        """Equal for copies of one source, and for nothing else."""
-        own = len(self.source) + np.arange(len(self.source))
-        return np.where(self.source == NEW, own, self.source)
+
+def _first_sources(maps: Sequence[AxisMap]) -> Indices:
+    """For each index of the last map, a number for what it came from at first: another one for each such origin."""
+    own = np.arange(maps[0].small)
+    for axis_map in maps:
+        source = np.asarray(axis_map.source_index, np.intp)
+        own = np.where(source == NEW, own.max() + 1 + np.arange(axis_map.large), own[source])
+    return np.unique(own, return_inverse=True)[1].astype(np.intp)
 
 
 class _Side:
@@ -263,7 +270,7 @@ class _Side:
             own = np.zeros(1, np.intp)
             for axis in axes:
                 classes = copied[axis].classes if axis in summed else np.arange(sizes[axis])
-                own = (own[:, None] * 2 * sizes[axis] + classes).ravel()
+                own = (own[:, None] * sizes[axis] + classes).ravel()
             label[at] = own + offset
             offset += int(own.max()) + 1
         labels = np.unique(label)

@@ -118,6 +118,27 @@ def test_effective_width_counts_the_copies_that_have_parted(parents: dict[str, P
     assert in_block[1]["distance"] > 0.1
 
 
+def test_a_copy_of_a_copy_is_a_copy(parents: dict[str, Path], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    _, first = grown(parents["llama"], "llama", tmp_path, snr_db=None)
+    larger = first.child.model_copy(update={"d_model": 48, "d_mlp": 80})
+    sizes: Any = {"n_positions": N_POSITIONS, "d_vocab": D_VOCAB, "tied": True}
+    second = plan("llama", first.child, larger, grow(snr_db=None), **sizes)
+    grow_checkpoint(tmp_path / "child", tmp_path / "grandchild", second, seed=0)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "grandchild", dtype=torch.float32)
+
+    rows = whole_axes(Symmetry(model, second, [first]).measure())
+
+    small = PARENT["llama"]
+    assert {row["axis"]: (row["least_width"], row["effective_width"], row["width"]) for row in rows} == {
+        "embed": (small.d_model, small.d_model, 48),
+        "mlp": (3 * small.d_mlp, 3 * small.d_mlp, 3 * 80),
+        "q_head": (3 * small.n_heads, 3 * small.n_heads, 6 * small.n_heads),  # of the first growth alone
+        "kv_head": (3 * small.kv_heads, 3 * small.kv_heads, 6 * small.kv_heads),
+    }
+
+
 def test_a_sample_of_a_wide_axis_says_what_the_whole_does(
     parents: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
