@@ -122,10 +122,13 @@ def sentence(event: Fields) -> str:
             f"{event['total_steps']} in {event['precision']} on {event['device_name']}, {event['threads']} thread(s)."
         )
     if kind == "grown":
+        learned = event.get("learned")
+        cost = f", maps learned in {learned['steps']:,} steps and {learned['seconds']:.1f} s" if learned else ""
         return (
-            f"Grown from {event['parent']} by {event['width']} and {event['depth']}: held-out loss "
-            f"{event['cross_entropy_before']:.4f} before, {event['cross_entropy_after']:.4f} after; largest logit "
-            f"difference {event['max_logit_difference']:.2g} of {event['logit_scale']:.3g}."
+            f"Step {event['step']}: grown from {event['parent']} by {event['width']} and {event['depth']} to "
+            f"{event['parameters']:,} parameters{cost}: held-out loss {event['cross_entropy_before']:.4f} before, "
+            f"{event['cross_entropy_after']:.4f} after; largest logit difference "
+            f"{event['max_logit_difference']:.2g} of {event['logit_scale']:.3g}."
         )
     if kind == "train":
         rate = f"{event['tokens_per_second']:,.0f} tokens a second"

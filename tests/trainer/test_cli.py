@@ -87,7 +87,7 @@ def test_a_terminal_shows_bars_and_at_the_end_the_comparison(text: Path, tmp_pat
     assert code == 0
     assert "small: 100%" in drawn
     assert "12/12" in drawn
-    assert "scaled: Grown from small by duplicate and identity: held-out loss" in drawn
+    assert "scaled: Step 0: grown from small by duplicate and identity to" in drawn
     assert '"kind"' not in drawn
     table = drawn.replace("\r", "").rstrip().splitlines()[-3:]
     assert table[0].split()[:3] == ["model", "parameters", "test"]
