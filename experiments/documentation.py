@@ -25,7 +25,8 @@ PAGES: dict[str, str] = {
     "figures": "What each figure means, how it is computed, and what makes a comparison fair.",
     "growth": "The growth operators: what each does to the weights, and when it keeps the function.",
     "hosts": "Training on machines of your own: adding one, what is done there, how it is kept safe, how to lock it.",
-    "families": "The architectures that can be grown, and how to add one.",
+    "families": "The architectures that can be grown, and what of each is kept or refused.",
+    "extending": "Adding a family, a width rule or a depth rule: one class and one line.",
     "operating": "Running a site: settings, PostgreSQL, Redis, more workers, what survives a crash.",
 }
 

@@ -1,7 +1,7 @@
 """Families: the Hugging Face architectures that can be grown. Imports neither torch nor transformers.
 
 `get_family(name)` gives the axes of every parameter and the way between a shape and a config.json; `build_model` turns
-such a config into a model. A new family is one module and one line in FAMILIES: docs/families.md.
+such a config into a model. A new family is one module and one line in FAMILIES: docs/extending.md.
 """
 
 from __future__ import annotations
@@ -71,12 +71,12 @@ def family_of(config: Mapping[str, Any]) -> Family:
     if model_type == "gemma3":
         raise FamilyError(
             "config.json: model_type 'gemma3': growth has no place for its vision tower; save its text model by itself "
-            "(docs/families.md says how), whose model_type is 'gemma3_text'"
+            "(docs/extending.md says how), whose model_type is 'gemma3_text'"
         )
     if model_type not in FAMILIES:
         raise FamilyError(
             f"config.json: model_type {model_type!r}: no family says which axes its tensors have; there are "
-            f"{', '.join(FAMILIES)}, and docs/families.md says how to add one"
+            f"{', '.join(FAMILIES)}, and docs/extending.md says how to add one"
         )
     if config.get("quantization_config"):
         raise FamilyError("config.json: quantization_config: quantised weights cannot be grown; use the original ones")

@@ -1,7 +1,7 @@
 """What a family is: the axes of every parameter of a Hugging Face architecture, and its config as a shape.
 
 A family says nothing about growth and nothing about torch. It says, for each stored tensor, which named axes run along
-it; growth rules are written on the axes alone and so work for every family. How to add one: docs/families.md.
+it; growth rules are written on the axes alone and so work for every family. How to add one: docs/extending.md.
 
     axis      one index is                          size
     embed     a channel of the residual stream      d_model
@@ -117,7 +117,7 @@ def axis_sizes(shape: Shape, n_positions: int, d_vocab: int) -> dict[str, int]:
 
 
 class Family(ABC):
-    """One Hugging Face architecture. Subclasses fill in names, axes and config fields; see docs/families.md."""
+    """One Hugging Face architecture. Subclasses fill in names, axes and config fields; see docs/extending.md."""
 
     name: ClassVar[str]  # `model_type` in config.json
     title: ClassVar[str]
