@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -249,7 +250,7 @@ def drawn(told: Lineage, child: str, parent: str, step: int = 0, at: int = 0) ->
     bars = [_bar(axis) for axis in told.axes if axis.small != axis.large]
     entries = told.entries
     return Picture(
-        key=f"{child}-{at}",
+        key=f"{re.sub('[^a-z0-9_-]+', '-', child.lower())}-{at}",  # ids are listed with spaces between
         parent=parent,
         child=child,
         step=step,

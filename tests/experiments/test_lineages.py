@@ -88,8 +88,10 @@ def test_a_hundred_blocks_fit_the_page() -> None:
     small, large = Shape(**SHAPES["little"]), Shape(**SHAPES["big"] | {"n_layers": 100})
     made = plan("llama", small, large, GrowInit(parent="small", depth="stack"), n_positions=64, d_vocab=4096, tied=True)
 
-    blocks = drawn(lineage(made), "scaled", "small").blocks
+    picture = drawn(lineage(made), "the grown model", "the checkpoint")
 
+    blocks = picture.blocks
+    assert " " not in picture.key, "ids are made of it"
     assert blocks.height < 600
     assert len(blocks.labels) < 60
     assert sum(shapes.path.count("z") for shapes in blocks.child) == 100
