@@ -161,6 +161,12 @@ class Chosen(NamedTuple):
     init: GrowInit
 
     @property
+    def growths(self) -> list[tuple[Shape, Shape]]:
+        """One after the other, on the ladder if there is one."""
+        shapes = [self.small, *(rung.shape for rung in self.init.ladder), self.large]
+        return list(itertools.pairwise(shapes))
+
+    @property
     def wide(self) -> Shape:
         """As wide as large and as deep as small."""
         return self.large.model_copy(update={"n_layers": self.small.n_layers})
@@ -252,8 +258,7 @@ def chosen_growth(form: ExperimentForm) -> Chosen | None:
 
 def _growth(chosen: Chosen, spec: ExperimentSpec) -> Verdict:
     """What the growth that was chosen does to these shapes, all its stages together."""
-    shapes = [chosen.small, *(rung.shape for rung in chosen.init.ladder), chosen.large]
-    judged = [_verdict(chosen, a, b, chosen.init, spec) for a, b in itertools.pairwise(shapes)]
+    judged = [_verdict(chosen, a, b, chosen.init, spec) for a, b in chosen.growths]
     for kind in ("impossible", "changes"):
         for number, verdict in enumerate(judged, start=1):
             if verdict.kind == kind:
@@ -324,12 +329,12 @@ def costs_of(chosen: Chosen, n_ctx: int, d_vocab: int | None) -> dict[str, Cost]
 def _learning_flops(chosen: Chosen, spec: ExperimentSpec) -> float | None:
     if not chosen.init.learn_steps or spec.data.tokenizer.d_vocab is None:
         return None
-    first = chosen.init.ladder[0].shape if chosen.init.ladder else chosen.large
     try:
-        found = _plan(chosen, chosen.small, first, chosen.init, spec)
+        plans = [_plan(chosen, a, b, chosen.init, spec) for a, b in chosen.growths]
     except GrowthError:
         return None
-    return learned.flops(found, chosen.init.learn_steps, spec.train.tokens_per_step, spec.train.n_ctx)
+    steps, train = chosen.init.learn_steps, spec.train
+    return sum(learned.flops(each, steps, train.tokens_per_step, train.n_ctx) for each in plans)
 
 
 def _growing_seconds(budgets: dict[str, ModelBudget], host: Host | None) -> float | None:

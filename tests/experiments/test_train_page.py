@@ -456,6 +456,19 @@ def test_what_growing_costs_is_said_half_by_half(client: Client) -> None:
     assert "Costs nothing here" in card(ask(client, first_look(large_n_layers="2")), "depth_identity")
 
 
+def test_how_long_growing_takes_is_known_from_the_last_growths(client: Client, owner: User) -> None:
+    def seconds() -> float | None:
+        return estimates.estimate(ExperimentForm(first_look(), user=owner)).growing_seconds
+
+    large = sheet(FIRST_LOOK.spec)["large"].parameters
+    assert large
+    assert seconds() == pytest.approx(large / estimates.GUESSED_GROWN_PER_SECOND)
+    run = make_experiment(owner, points=0).runs.filter(name="scaled")
+    run.update(grown={"seconds": 4.0}, prepared={"parameters": 8_000_000, "d_vocab": 4096})
+    make_experiment(owner, points=0).runs.filter(name="scaled").update(grown={}, prepared=None)
+    assert seconds() == pytest.approx(large / 2e6)
+
+
 # Proposals ------------------------------------------------------------------------------------------------------------
 
 
