@@ -69,7 +69,7 @@ async function fetched(url, options = {}) {
 /** The page with these values and what a button proposes. */
 async function proposed(values, proposal) {
   const sent = new FormData();
-  for (const control of form.elements) if (OWN.has(control.name) && control.type !== "file") sent.set(control.name, control.value);
+  for (const name of ["csrfmiddlewaretoken", "key"]) sent.set(name, form.elements[name].value);
   for (const [name, value] of Object.entries(values)) {
     if (value !== false) sent.set(name, value === true ? "on" : value);
   }
@@ -83,7 +83,7 @@ async function show(values) {
   fill(values);
 }
 
-function say_filled(text, link) {
+function sayFilled(text, link) {
   filled.firstElementChild.textContent = text;
   filled.hidden = false;
   mark(link);
@@ -104,20 +104,20 @@ form.addEventListener("click", async (event) => {
   const current = document.querySelector("[data-preset][aria-current]");
   const now = read(page.getElementById("experiment"));
   adopt(page);
-  // The button may be gone: there is nothing left to choose, or no such stage.
-  const focus = document.querySelector(button.value === "growth" ? "[name=width]:checked" : `button[value="${button.value}"]`);
   if (same(now, values)) {
     form.dispatchEvent(new Event("input", { bubbles: true }));
   } else {
     before = { values, current };
     fill(now);
     const said = document.getElementById("target_said").textContent;
-    say_filled(button.value === "target" ? `Filled in a shape for large: ${said}` : "Filled in.", null);
+    sayFilled(button.value === "target" ? `Filled in a shape for large: ${said}` : "Filled in.", null);
   }
   for (const id of ["id_target_multiple", "id_growths"]) {
     say(id, page.getElementById(`${id}_error`)?.textContent ?? "");
   }
-  (focus ?? form.elements.growths).focus();
+  // The button may be gone: there is nothing left to choose, or no such stage.
+  const next = button.value === "growth" ? "[name=width]:checked" : `button[value="${button.value}"]`;
+  (document.querySelector(next) ?? form.elements.growths).focus();
 });
 
 // Enter in a field beside such a button presses it.
@@ -144,7 +144,7 @@ for (const link of document.querySelectorAll("[data-preset]")) {
     const values = read(page.getElementById("experiment"));
     adopt(page);
     fill(values);
-    say_filled(`Filled with “${link.textContent}”.`, link);
+    sayFilled(`Filled with “${link.textContent}”.`, link);
   });
 }
 
@@ -230,7 +230,7 @@ function describe(target, id, on) {
 }
 
 /** A rule that leads nowhere for these shapes cannot be chosen; one that is chosen stays, with its problem. */
-function close_rules() {
+function closeRules() {
   for (const card of form.querySelectorAll(".choice-body[id]")) {
     const radio = card.parentElement.querySelector("input[type=radio]");
     radio.disabled = "closed" in card.dataset && !radio.checked;
@@ -239,7 +239,7 @@ function close_rules() {
 
 let problems = sheet.querySelectorAll("#problems li").length;
 sheet.addEventListener("htmx:afterSwap", () => {
-  close_rules();
+  closeRules();
   const found = new Map();
   for (const link of sheet.querySelectorAll("#problems a")) {
     const id = link.hash.slice(1);

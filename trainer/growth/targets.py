@@ -64,10 +64,10 @@ def shape_for(
 ) -> Target:
     """A shape of about `multiple` times the parent's parameters, larger in width, in depth, or in both in proportion.
 
-    d_head stays, and so does the number of query heads to a key/value head; d_model grows with the heads, and d_mlp
-    too, but for what it takes to come nearer. Of shapes that are near enough, those are preferred that growth can reach
-    without losing the function, then those in proportion, then whole ratios. `d_vocab` None: not known, so that
-    embeddings are not counted. Raises :class:`GrowthError` with the field "multiple".
+    d_head stays, and so does the number of query heads to a key/value head, but that a single one stays single; d_model
+    grows with the heads, and d_mlp too, but for what it takes to come nearer. Of shapes that are near enough, those are
+    preferred that growth can reach without losing the function, then those in proportion, then whole ratios. `d_vocab`
+    None: not known, so that embeddings are not counted. Raises :class:`GrowthError` with the field "multiple".
     """
     if not 1 < multiple <= MOST_TIMES:
         raise GrowthError("multiple", f"must be more than 1 and at most {MOST_TIMES:g}", multiple)
