@@ -102,13 +102,15 @@ form.addEventListener("click", async (event) => {
     return form.requestSubmit(button); // the browser says best what is wrong
   }
   const current = document.querySelector("[data-preset][aria-current]");
-  const now = read(page.getElementById("experiment"));
+  const answer = Object.entries(read(page.getElementById("experiment")));
+  const changed = answer.filter(([name, value]) => value !== values[name]); // what was typed meanwhile stays
+  const standing = read();
   adopt(page);
-  if (same(now, values)) {
+  if (changed.length === 0) {
     form.dispatchEvent(new Event("input", { bubbles: true }));
   } else {
-    before = { values, current };
-    fill(now);
+    before = { values: standing, current };
+    fill(Object.fromEntries(changed));
     const said = document.getElementById("target_said").textContent;
     sayFilled(button.value === "target" ? `Filled in a shape for large: ${said}` : "Filled in.", null);
   }
