@@ -1,4 +1,4 @@
-"""The administrator's view of experiments, model runs and hosts.
+"""The administrator's view of experiments, model runs, growths and hosts.
 
 Rows that a follower writes are shown, never edited: what the database says of a run is what happened in its run
 directory. Whoever wants a run to stop or to go on uses the actions, which ask for it in the same way as the site does.
@@ -21,11 +21,12 @@ from django.utils import timezone
 from django.utils.html import format_html, format_html_join
 from django.utils.safestring import SafeString
 
-from experiments import credentials, jobs
+from experiments import credentials, growths, jobs
 from experiments.host_standing import HostStanding
 from experiments.models import (
     ACTIVE,
     Experiment,
+    Growth,
     Host,
     HostKeyPin,
     HostTask,
@@ -295,6 +296,77 @@ class ModelRunAdmin(Actions):
     @admin.display(description="growth at step 0")
     def growth(self, run: ModelRun) -> SafeString:
         return _pretty(run.grown)
+
+
+@admin.register(Growth)
+class GrowthAdmin(Actions):
+    """Checkpoints grown by themselves: shown, stopped, put in line again, deleted."""
+
+    list_display = ("name", "owner", "status", "reason", "source_name", "disk", "attempt", "created", "ended_at")
+    list_filter = ("state", "reason", "created")
+    list_select_related = ("owner",)
+    list_per_page = 50
+    search_fields = ("=id", "name", "source_name", "owner__email", "owner__name", "detail")
+    date_hierarchy = "created"
+    show_full_result_count = False
+    fieldsets = (
+        (None, {"fields": ("name", "id", "owner", "source_name", "source", "source_run", "directory", "job_id")}),
+        ("Wanted", {"fields": ("plan_shown", "seed", "dtype", "measures", "stop_requested", "attempt")}),
+        ("Known", {"fields": ("status", "reason", "what_happened", "phase", "bytes_done", "bytes_total", "disk")}),
+        ("Times", {"fields": ("created", "queued_at", "started_at", "ended_at", "last_seen")}),
+        ("Certificate", {"classes": ("collapse",), "fields": ("found",)}),
+    )
+
+    def get_queryset(self, request: HttpRequest) -> QuerySet[Any]:
+        queryset: QuerySet[Any] = super().get_queryset(request)
+        return queryset.defer("certificate")
+
+    def get_readonly_fields(self, request: HttpRequest, obj: Any = None) -> list[str]:
+        return [str(field) for _, section in self.fieldsets for field in section["fields"]]
+
+    def has_add_permission(self, request: HttpRequest) -> bool:
+        return False  # the Grow page checks what is asked for; here nothing would
+
+    @admin.action(description="Cancel: end, and keep nothing", permissions=["change"])
+    def stop(self, request: HttpRequest, queryset: QuerySet[Any]) -> None:
+        active = [growth for growth in queryset if growth.is_active]
+        for growth in active:
+            growths.request_stop(growth)
+        self._say(request, len(active), "asked to end")
+
+    @admin.action(description="Try again what failed or was cancelled", permissions=["change"])
+    def resume(self, request: HttpRequest, queryset: QuerySet[Any]) -> None:
+        ended = [growth for growth in queryset if growth.is_resumable]
+        self._for_each(request, ended, growths.retry, "{runs} queued again.", "None of these can be tried again.")
+
+    @admin.action(description="Requeue: a queue job for what waits or grows without one", permissions=["change"])
+    def requeue(self, request: HttpRequest, queryset: QuerySet[Any]) -> None:
+        growths.reconcile()
+        self._say(request, queryset.filter(state__in=ACTIVE).count(), "looked after")
+
+    def _say(self, request: HttpRequest, count: int, done: str) -> None:
+        said = f"{count} of them {done}." if count else "None of these waits or grows."
+        self.message_user(request, said, messages.INFO if count else messages.WARNING)
+
+    @admin.display(description="state", ordering="state")
+    def status(self, growth: Growth) -> SafeString:
+        return _state(growth.state, growth.get_state_display())
+
+    @admin.display(description="detail")
+    def what_happened(self, growth: Growth) -> SafeString:
+        return format_html('<pre class="json">{}</pre>', growth.detail) if growth.detail else SafeString("–")
+
+    @admin.display(description="disk", ordering="disk_bytes")
+    def disk(self, growth: Growth) -> str:
+        return figures.filesize_short(growth.disk_bytes)
+
+    @admin.display(description="plan")
+    def plan_shown(self, growth: Growth) -> SafeString:
+        return _pretty(growth.planned)
+
+    @admin.display(description="certificate")
+    def found(self, growth: Growth) -> SafeString:
+        return _pretty(growth.certificate)
 
 
 class Shown(admin.ModelAdmin):  # type: ignore[type-arg]

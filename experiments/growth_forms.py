@@ -267,6 +267,11 @@ class GrowthForm(forms.Form):
     # Shown
 
     @property
+    def names_a_source(self) -> bool:
+        """Whether one was typed or chosen yet."""
+        return bool(self.source or self.errors.keys() & {"mine"} or self["checkpoint"].value())
+
+    @property
     def summary(self) -> list[Wrong]:
         """Every error, with the id of the element that it stands beside."""
         found = []

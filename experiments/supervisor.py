@@ -1,7 +1,7 @@
 """`manage.py up`: everything that the site consists of, started, kept alive, and ended together.
 
     broker      the embedded queue server, unless REDIS_URL names another
-    worker 1..  as many as runs may train at once, and one for whatever is quick
+    worker 1..  as many as runs may train at once, one for what grows alone, and one for whatever is quick
     collector   holds the connections to GPU hosts, and follows what trains there
     reconciler  rings for what was forgotten
     web         gunicorn

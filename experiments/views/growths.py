@@ -27,7 +27,7 @@ from accounts.guests import ensure_user
 from experiments import growths as growing
 from experiments import mirror
 from experiments.estimate import Estimate, advice_of, costs_of, rules_of
-from experiments.growth_forms import GrowthForm
+from experiments.growth_forms import GrowthForm, owned_by
 from experiments.jobs import LimitReached
 from experiments.lineages import drawn
 from experiments.models import Growth, Reason, State
@@ -78,9 +78,9 @@ def grow(request: HttpRequest) -> HttpResponse:
 @require_safe
 def _fresh(request: HttpRequest) -> HttpResponse:
     values = GrowthForm.usual()
-    for kind in ("run", "growth"):
-        if kind in request.GET:
-            values |= {"source_kind": "mine", "mine": f"{kind}-{request.GET[kind]}"}
+    wanted = {f"{kind}-{request.GET[kind]}" for kind in ("run", "growth") if kind in request.GET}
+    if key := next((each.key for each in owned_by(request.user) if each.key in wanted), None):
+        values |= {"source_kind": "mine", "mine": key}
     if "checkpoint" in request.GET:
         values |= {"source_kind": "named", "checkpoint": request.GET["checkpoint"]}
     return _page(request, GrowthForm(initial=values, user=request.user))
@@ -141,7 +141,8 @@ def _page(request: HttpRequest, form: GrowthForm, status: int = 200) -> HttpResp
         judged = GrowthForm(form.initial, user=request.user)
         judged.is_valid()
     mine = Growth.objects.owned_by(request.user)
-    context = _sheet(judged) | {
+    context = _sheet(judged) | ({"problems": form.summary} if form.is_bound else {})
+    context |= {
         "form": form,
         "judged": judged,
         "local_dirs": settings.LOCAL_DATA_DIRS,
@@ -177,7 +178,7 @@ def _sheet(form: GrowthForm) -> dict[str, Any]:
     context: dict[str, Any] = {
         "source": source,
         "plan": made,
-        "problems": form.summary if form.is_bound else [],
+        "problems": form.summary if form.names_a_source else [],
         "shape": form.shape(),
         "growth": [half(form, kind, cards(form, kind, found)) for kind in OPERATORS],
         "legend": LEGEND,

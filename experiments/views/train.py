@@ -8,6 +8,7 @@ from uuid import UUID
 
 from django.conf import settings
 from django.contrib.auth import login
+from django.core.exceptions import ValidationError
 from django.db import IntegrityError
 from django.forms import Form
 from django.forms.boundfield import BoundField, BoundWidget
@@ -20,14 +21,17 @@ from accounts.guests import ensure_user
 from experiments import jobs, sources
 from experiments.estimate import Chosen, Cost, Estimate, Verdict, estimate
 from experiments.forms import ExperimentForm, host_key
+from experiments.looks import look
 from experiments.models import Experiment, Host
 from experiments.pictures import LEGEND, depth_picture, learned_picture, width_picture
 from experiments.presets import FIRST_LOOK, PRESETS
 from experiments.proposals import proposed
-from experiments.values import left_out, values_of
+from experiments.values import DIMENSIONS, left_out, values_of
 from experiments.views.hosts import require_recent
-from trainer.growth import OPERATORS, Operator
+from trainer.families import FamilyError, family_of
+from trainer.growth import OPERATORS, GrowthError, Operator
 from trainer.growth.learned import ABOUT as LEARNED
+from trainer.growth.targets import shape_for
 
 #: Rules of each half that are in sight: one row.
 CARDS_SHOWN = 3
@@ -57,6 +61,8 @@ def _fresh(request: HttpRequest) -> HttpResponse:
         values["name"] = origin.name  # it may have been renamed since
         if Host.objects.usable_by(request.user).filter(pk=origin.host_id).exists():
             values["host"] = host_key(origin.host)
+    if "checkpoint" in request.GET:
+        values |= _from_checkpoint(request.GET["checkpoint"], request.user)
     wanted = request.GET.get("host", "")
     if wanted.isdecimal() and Host.objects.usable_by(request.user).filter(pk=wanted).exists():
         values["host"] = wanted
@@ -64,6 +70,22 @@ def _fresh(request: HttpRequest) -> HttpResponse:
         values["uploaded"] = ""  # another's file: theirs alone
         context["text_is_anothers"] = True
     return _page(request, ExperimentForm(initial=values, user=request.user), **context)
+
+
+def _from_checkpoint(name: str, user: Any) -> dict[str, Any]:
+    """Values for an experiment whose small model is that checkpoint, and whose large one is twice as large."""
+    values: dict[str, Any] = {"small_source": "checkpoint", "small_checkpoint": name, "tokenizer_kind": "pretrained"}
+    values |= {f"small_{dimension}": "" for dimension in DIMENSIONS}
+    try:
+        config = look(sources.checkpoint(name, user)).config or {}
+        family = family_of(config)
+        small, n_positions, d_vocab, tied = family.shape_of(config)
+        large = shape_for(family.name, small, 2.0, "both", n_positions=n_positions, d_vocab=d_vocab, tied=tied).shape
+    except (ValidationError, FamilyError, GrowthError):
+        return values  # the form says what is wrong, if it is still so when it is sent
+    sizes = {f"large_{dimension}": getattr(large, dimension) for dimension in DIMENSIONS}
+    own = {"family": family.name, "tie_embeddings": tied, "tokenizer_d_vocab": d_vocab}
+    return values | own | sizes
 
 
 def _origin(request: HttpRequest) -> Experiment:

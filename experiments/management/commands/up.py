@@ -20,7 +20,7 @@ class Command(BaseCommand):
     def add_arguments(self, parser: CommandParser) -> None:
         parser.add_argument("--host", default="127.0.0.1", help="address to listen on (0.0.0.0: all of this machine's)")
         parser.add_argument("--port", type=int, default=8000)
-        parser.add_argument("--workers", type=int, default=settings.LOCAL_SLOTS + 1)
+        parser.add_argument("--workers", type=int, default=settings.LOCAL_SLOTS + 2)
         parser.add_argument(
             "--first-experiment",
             action=BooleanOptionalAction,
