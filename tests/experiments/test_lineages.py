@@ -179,7 +179,7 @@ def test_copies_that_never_part_are_warned_of_with_a_way_out(client: Client, ada
 
     said = text_of(html.partition('id="section-growth"')[2])
     assert "Not on d_model, d_mlp, after 100 steps." in said
-    assert "with noise (at 0 to 20 dB the function is kept) or with an uneven split" in said
+    assert "with noise (0 to 20 dB; the function is kept) or with an uneven split" in said
     assert f'id="part-scaled" href="/train/?from={experiment.pk}"' in html
 
 
