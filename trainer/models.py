@@ -24,13 +24,13 @@ from trainer.growth import GrowthError, GrowthPlan, plan
 from trainer.growth.apply import SourceError, grow_checkpoint
 from trainer.growth.learn import Learned, learn
 from trainer.growth.lineage import lineage
-from trainer.growth.moments import LrScale, grow_moments, lr_scales
+from trainer.growth.moments import LrScale, grow_moments, lr_scales, new_entries
 from trainer.processes import Processes
 from trainer.reports import Report, reported
 from trainer.shape import CheckpointInit, GrowInit, RandomInit, Shape
 from trainer.spec import ExperimentSpec, TrainSpec, for_transformers
 from trainer.symmetry import Symmetry, whole_axes
-from trainer.train import Fields, State
+from trainer.train import Fields, Newcomers, State
 
 #: Tells `preparing` events, and returns.
 Making = Generator[Fields, None, "Made"]
@@ -50,6 +50,7 @@ class Made:
     plan: GrowthPlan | None = None  # by which it came to this size
     earlier: tuple[GrowthPlan, ...] = ()  # by which it came to those before, in this run
     record: Fields = field(default_factory=dict)  # what a checkpoint must say of that, as JSON
+    newcomers: Newcomers | None = None
     grown: Fields = field(default_factory=dict)  # of the `grown` event; empty where it was not grown just now
     learning_flops: float = 0.0
     learning_seconds: float = 0.0
@@ -85,7 +86,9 @@ class Maker:
         stop: Callable[[], bool],
     ):
         self.spec, self.name, self.directory, self.prepared = spec, name, directory, prepared
-        self.device, self.processes, self.stop = device, processes, stop
+        self.device, self.processes = device, processes
+        # Of several, the others wait for the first to have grown it: they would take its leaving for its loss.
+        self.stop = stop if processes.alone else lambda: False
         self.wanted, self.settings = spec.models[name], spec.train_of(name)
         self.family = get_family(self.wanted.family)
 
@@ -115,15 +118,17 @@ class Maker:
         source = self.directory / train.checkpoint_path(step)
         return (yield from self._grown(self.wanted.init, source, self.name, shape, stage, step, precision))
 
-    def resumed(self, folder: Path, shape: Shape | None, stage: int, record: Fields) -> Made:
-        """From a checkpoint, of stage number `stage`, and what it says of how it came to its size."""
+    def resumed(self, folder: Path, shape: Shape | None, state: State, record: Fields) -> Made:
+        """From a checkpoint, its state, and what it says of how it came to its size."""
         growth, init = None, self.wanted.init
         if "parent" in record and isinstance(init, GrowInit):
             assert shape is not None
             parent = Described(Shape.model_validate(record["parent"][0]), *record["parent"][1:])
-            growth = self._plan(init, parent, shape, self._asked(init, stage))
-        made = self._ready(load_model(folder, self.device), shape, growth, record, stage)
+            growth = self._plan(init, parent, shape, self._asked(init, state.stage))
+        made = self._ready(load_model(folder, self.device), shape, growth, record, state.stage)
         train.load_optimizer(made.optimizer, made.model, folder)
+        if isinstance(init, GrowInit) and init.optimizer == "grown" and state.step - state.stage_step < Newcomers.STEPS:
+            made = replace(made, newcomers=self._newcomers(made))
         return made
 
     def sizes(self, made: Made, shape: Shape | None) -> Described:
@@ -216,6 +221,7 @@ class Maker:
             made = self._ready(child, shape, growth, record, stage)
             if init.optimizer == "grown":
                 self._fill_optimizer(made, grow_moments(source, growth))
+                made = replace(made, newcomers=self._newcomers(made))
             self.processes.wait()
         except (FamilyError, GrowthError, SourceError) as error:
             raise CheckpointError(f"{self.name} cannot be grown from {source}: {error}") from error
@@ -324,6 +330,13 @@ class Maker:
                 yield f"{key}/{self._name(name, held)}", torch.from_numpy(array)
 
         train.fill_optimizer(made.optimizer, made.model, tensors())
+
+    def _newcomers(self, made: Made) -> Newcomers | None:
+        if made.plan is None:
+            return None
+        held = dict(made.model.named_parameters())
+        new = ((self._name(name, held), torch.from_numpy(entries)) for name, entries in new_entries(made.plan))
+        return Newcomers(made.model, made.optimizer, new)
 
     def _name(self, name: str, held: Container[str]) -> str:
         """What a transformers model calls a parameter of the family's."""

@@ -216,7 +216,7 @@ def _story(
     resumed = train.checkpoints(directory)[-1:]
     if resumed:
         state, precision, record = train.load_state(resumed[0], identity)
-        made = makes.resumed(resumed[0], stages[state.stage].shape, state.stage, record)
+        made = makes.resumed(resumed[0], stages[state.stage].shape, state, record)
     else:
         yield {"kind": "preparing", "what": "making the first weights"}
         state = train.State()
@@ -275,6 +275,7 @@ def _story(
             processes=processes,
             stage_end=None if last else stages[state.stage].end,
             growth=made.record,
+            newcomers=made.newcomers,
         )
         stretch = train.train(made.model, made.optimizer, task, state, stop)
         state = yield from (_watched(stretch, made, settings, state.stage_step) if processes.first else stretch)
@@ -318,7 +319,7 @@ def _story(
 
 def _import_torch() -> None:
     with contextlib.suppress(Exception):  # what is wrong is raised again, and reported, by the main thread's import
-        importlib.import_module("trainer.train")
+        importlib.import_module("trainer.models")
         importlib.import_module("transformers.models.auto.modeling_auto")
 
 

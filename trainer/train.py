@@ -103,6 +103,7 @@ class Task:
     identity: Fields = field(default_factory=dict)  # what a checkpoint must agree on to be resumed from
     processes: Processes = field(default_factory=Processes)
     stage_end: int | None = None  # the step after which the model grows; None where it is trained to the end
+    newcomers: Newcomers | None = None
     growth: Fields = field(default_factory=dict)  # what a checkpoint says of how the model came about, as JSON
 
     @property
@@ -161,6 +162,8 @@ def train(
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if settings.grad_clip is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, settings.grad_clip, norm)
+        if task.newcomers is not None:
+            task.newcomers.begin(step - state.stage_step)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         yield from meter.stepped(loss, norm, lr)
@@ -304,6 +307,41 @@ def make_optimizer(model: Any, settings: TrainSpec, scales: Mapping[str, LrScale
         betas=(settings.beta1, settings.beta2),
         fused=True,
     )
+
+
+class Newcomers:
+    """What is new in tensors whose AdamW state was grown: its second moment begins with its first gradient.
+
+    A tensor has one count of steps. It goes on over a growth, and bias correction with it; so an entry that begins with
+    m = v = 0 would take steps of (1 - beta1^k) / sqrt(1 - beta2^k) times lr, alike gradients taken: at most 1.1 with
+    beta2 0.95, but 6.6 with 0.999. A mean of the old entries' v is no way out: gradients of new entries can be far
+    smaller, and they would hardly learn. So v of all new entries of a tensor begins with the mean square of their
+    first gradient. As m rises from zero, they set out at (1 - beta1) lr, and go on as if AdamW were fresh.
+
+    Behind new units that nothing reads yet there is no gradient at first, hence STEPS steps in which to begin.
+    """
+
+    STEPS = 20
+
+    def __init__(self, model: Any, optimizer: torch.optim.Optimizer, new: Iterable[tuple[str, Tensor]]):
+        """`new`: by the names of parameters, which of their entries are new (bool, of the parameter's shape)."""
+        parameters = dict(model.named_parameters())
+        self._waiting = []
+        for name, entries in new:
+            parameter = parameters[name]
+            entries, second = entries.to(parameter.device), optimizer.state[parameter]["exp_avg_sq"]
+            if not second[entries].any():  # else it has begun, and the run was resumed since
+                self._waiting.append((parameter, second, entries))
+
+    def begin(self, steps: int) -> None:
+        """Before an optimizer's step, `steps` after the growth."""
+        waiting, self._waiting = self._waiting, []
+        for parameter, second, entries in waiting if steps < self.STEPS else []:
+            gradient = parameter.grad[entries]
+            if gradient.any():
+                second[entries] = gradient.square().mean()
+            else:
+                self._waiting.append((parameter, second, entries))
 
 
 def learning_rate(step: int, settings: TrainSpec, total: int) -> float:

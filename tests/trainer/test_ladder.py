@@ -85,17 +85,17 @@ def test_a_model_goes_up_its_ladder_and_each_step_costs_what_its_size_costs(
 def test_a_ladder_that_is_stopped_before_at_and_after_a_growth_ends_as_one_that_is_not(
     text: Path, tmp_path: Path, go: Any
 ) -> None:
-    spec = laddered(text, lr_by_width=True, snr_db=10.0, split="uneven")
+    spec = laddered(text, width="pad", depth="stack", lr_by_width=True)
     go(spec, "small", tmp_path / "parts")
     (tmp_path / "whole").mkdir()
     (tmp_path / "whole" / "small").symlink_to(tmp_path / "parts" / "small")
     go(spec, "scaled", tmp_path / "whole")
-    for until in (2, 4, 6):
+    for until in (2, 4, 5, 6):
         stopped = go(spec, "scaled", tmp_path / "parts", until)[-1]
         assert (stopped.kind, stopped.step) == ("stopped", until)
     assert go(spec, "scaled", tmp_path / "parts")[-1].kind == "finished"
     parts, whole = tmp_path / "parts" / "scaled", tmp_path / "whole" / "scaled"
-    assert [e["resumed_from"] for e in events(parts, "prepared")] == [None, 2, 4, 6]
+    assert [e["resumed_from"] for e in events(parts, "prepared")] == [None, 2, 4, 5, 6]
     assert losses(parts) == losses(whole)
     assert [e["step"] for e in events(parts, "grown")] == [0, 4], "stopped at 4 it had not grown yet"
     assert last(parts)["flops"] == last(whole)["flops"]

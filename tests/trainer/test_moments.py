@@ -17,7 +17,7 @@ from trainer import train
 from trainer.families import get_family
 from trainer.growth import GrowthPlan, plan
 from trainer.growth.apply import grow_checkpoint
-from trainer.growth.moments import OPTIMIZER_FILE, LrScale, grow_moments, lr_scales
+from trainer.growth.moments import OPTIMIZER_FILE, LrScale, grow_moments, lr_scales, new_entries
 from trainer.growth.weights import SourceError
 from trainer.shape import GrowInit, Shape
 from trainer.spec import TrainSpec
@@ -48,6 +48,14 @@ def tokens() -> np.ndarray[Any, Any]:
     return np.random.default_rng(0).integers(0, pico.D_VOCAB, 4000).astype(np.uint16)
 
 
+def rms_norm(module: Any, x: torch.Tensor) -> torch.Tensor:
+    """As transformers has it, which computes it in float32."""
+    from_one = not hasattr(module, "variance_epsilon")  # Gemma's norms, which call it eps
+    eps = module.eps if from_one else module.variance_epsilon
+    normed: torch.Tensor = (from_one + module.weight) * x * (x.pow(2).mean(-1, keepdim=True) + eps).rsqrt()
+    return normed
+
+
 def load(folder: Path) -> Any:
     """In float64 throughout, but for RoPE's angles."""
     from transformers import AutoModelForCausalLM
@@ -55,7 +63,7 @@ def load(folder: Path) -> Any:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
-            module.forward = partial(pico._rms_norm, module)
+            module.forward = partial(rms_norm, module)
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     return model
@@ -149,6 +157,7 @@ def test_moments_grow_as_gradients_do(
     grown = moments_of(old, tmp_path / "small", growth)
     kept = moments_of({name: torch.ones_like(gradient) for name, gradient in old.items()}, tmp_path / "small", growth)
     silent = {o.new.name for o in growth.parameters() if o.block.silent}
+    new_entries_of = dict(new_entries(growth))
     assert {name.partition("/")[2] for name in grown} == new.keys() - silent
     for name, gradient in new.items():
         if name in silent:
@@ -159,8 +168,8 @@ def test_moments_grow_as_gradients_do(
         np.testing.assert_allclose(first[known], gradient.numpy()[known], rtol=1e-5, atol=1e-7, err_msg=name)
         np.testing.assert_allclose(second[known], first[known] ** 2, rtol=1e-8, atol=1e-20, err_msg=name)
         assert not first[~known].any()
-        if not known.all():
-            np.testing.assert_allclose(second[~known], second[known].mean(), rtol=1e-8, err_msg=name)
+        assert not second[~known].any()
+        np.testing.assert_array_equal(new_entries_of.get(name, np.zeros(known.shape, bool)), ~known, err_msg=name)
 
 
 def moments_of(gradients: dict[str, torch.Tensor], folder: Path, growth: GrowthPlan) -> dict[str, Any]:
@@ -226,3 +235,34 @@ def test_an_optimizers_groups_follow_the_scales_and_the_matrices_come_first(tmp_
     found = [(g["params"][0].dim(), g["lr_scale"], g["weight_decay"], g["eps"]) for g in groups]
     assert found == [(2, 1.0, 0.2, 5e-9), (2, 0.5, 0.4, 1e-8), (1, 1.0, 0.0, 5e-9), (1, 0.5, 0.0, 1e-8)]
     assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("beta2", [0.95, 0.999])
+def test_what_is_new_under_an_old_count_of_steps_sets_out_slowly_and_goes_on_at_the_usual_pace(beta2: float) -> None:
+    new = torch.zeros(6, 6, dtype=torch.bool)
+    new[:, 3:] = True
+    largest = {}
+    for begun in (True, False):
+        module = torch.nn.Linear(6, 6, bias=False)
+        optimizer = torch.optim.AdamW(module.parameters(), lr=1.0, betas=(0.9, beta2), weight_decay=0.0, fused=True)
+        weight, random = module.weight, torch.Generator().manual_seed(0)
+        second = torch.where(new, 0.0, 1.0)
+        optimizer.state[weight] = {"step": torch.tensor(1e5), "exp_avg": torch.zeros(6, 6), "exp_avg_sq": second}
+        newcomers = train.Newcomers(module, optimizer, [("weight", new)] if begun else [])
+        moved = []
+        for step in range(30):
+            before = weight.detach().clone()
+            # Nothing for two steps, then gradients far below those of the old entries, with a direction and noise.
+            weight.grad = torch.where(new, 1e-3 * (1 + torch.randn(6, 6, generator=random)), 1.0)
+            if step < 2:
+                weight.grad[new] = 0.0
+            newcomers.begin(step)
+            optimizer.step()
+            moved.append((weight.detach() - before)[new].square().mean().sqrt().item())
+        assert moved[:2] == [0.0, 0.0]
+        largest[begun] = max(moved)
+        if begun:
+            assert moved[2] == pytest.approx(0.1, rel=0.1)
+            assert 0.5 < moved[-1] < 1.1
+    assert largest[True] < 1.1
+    assert (largest[False] > 2.5) == (beta2 == 0.999)

@@ -22,6 +22,7 @@ approximation.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import reduce
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,10 +56,8 @@ class LrScale(NamedTuple):
 def grow_moments(folder: Path, plan: GrowthPlan) -> Iterator[tuple[str, Array]]:
     """The child's AdamW state, a tensor at a time, from the parent's in `folder`: step/NAME, exp_avg/NAME, ...
 
-    The step goes along, so the bias correction goes on where it was. It is one number a tensor, so what is new in an
-    old tensor cannot begin its own: from zeros, its first steps would be up to several times as large as any other
-    (6 times with beta2 0.999, for bias correction would be over while v still is small). It begins instead with m = 0
-    and v the mean over the rest of its tensor, from where it sets out at (1 - beta1) of a usual step.
+    The step goes along, so that bias correction goes on where it was. What is new in an old tensor begins at zero, and
+    needs care, since it can have no step of its own: see :class:`trainer.train.Newcomers`, and :func:`new_entries`.
 
     Of a parameter that is new as a whole, or in a block that was silenced (whose gradients are none of its source's),
     nothing is yielded: its state is to begin afresh. Raises :class:`SourceError` where the folder has no such state.
@@ -91,19 +90,12 @@ def _grown(old: Array, above: Array | None, origin: Origin, plan: GrowthPlan, po
     rows, row_scale = sides[0], scales[0] ** power
     known_rows = ~rows.new & (row_scale > 0)
     if len(sides) == 1:
-        values: Floats = old[rows.source].astype(np.float64)
+        values = old[rows.source]
         if above is not None:
-            values = np.where(rows.rank > 0, above[rows.source], values).astype(np.float64)
-        values *= row_scale
-        values[~known_rows] = values[known_rows].mean() if power == 2 and known_rows.any() else 0.0
-        return values.astype(old.dtype)
+            values = np.where(rows.rank > 0, above[rows.source], values)
+        return np.where(known_rows, values * row_scale, 0.0).astype(old.dtype)
     columns, column_scale = sides[1], scales[1] ** power
     known_columns = ~columns.new & (column_scale > 0)
-    unknown = 0.0
-    if power == 2 and known_rows.any() and known_columns.any():
-        by_row = np.bincount(rows.source[known_rows], row_scale[known_rows], rows.small)
-        by_column = np.bincount(columns.source[known_columns], column_scale[known_columns], columns.small)
-        unknown = by_row @ old @ by_column / known_rows.sum() / known_columns.sum()
     made = np.empty(new.shape, old.dtype)
     for part in row_blocks(new.shape):
         kept = old[rows.source[part]]
@@ -112,8 +104,18 @@ def _grown(old: Array, above: Array | None, origin: Origin, plan: GrowthPlan, po
             outputs = columns.rank[None, :] if new.in_first else rows.rank[part, None]
             kept = np.where(outputs > 0, above[rows.source[part]].take(columns.source, axis=1), kept)
         known = known_rows[part, None] & known_columns
-        made[part] = np.where(known, kept * row_scale[part, None] * column_scale, unknown)
+        made[part] = np.where(known, kept * row_scale[part, None] * column_scale, 0.0)
     return made
+
+
+def new_entries(plan: GrowthPlan) -> Iterator[tuple[str, NDArray[np.bool_]]]:
+    """Of each parameter of which some entries alone are new, which ones, in its stored shape."""
+    for new, old, block, _ in plan.parameters():
+        if old is None or block.silent:
+            continue
+        known = [~side.new & (scale > 0) for side, scale in zip(*_gradients(new, plan), strict=True)]
+        if not all(along.all() for along in known):
+            yield new.name, ~reduce(np.logical_and.outer, known)
 
 
 def _gradients(new: Parameter, plan: GrowthPlan) -> tuple[list[Side], list[Floats]]:
