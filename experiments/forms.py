@@ -22,6 +22,7 @@ from django.forms import BoundField
 from accounts.models import User
 from experiments import sources
 from experiments.line import most_gpus
+from experiments.looks import look
 from experiments.models import Experiment, Host
 from experiments.values import (
     DIMENSIONS,
@@ -33,7 +34,7 @@ from experiments.values import (
     rungs_of,
     set_aside,
 )
-from trainer.families import FAMILIES, FamilyError, family_of, read_config
+from trainer.families import FAMILIES, Described, FamilyError, family_of, read_config
 from trainer.growth import OPERATORS
 from trainer.growth.targets import By, Staging
 from trainer.shape import OptimizerState, Split
@@ -369,6 +370,8 @@ class ExperimentForm(forms.Form):
         # For the sheet alone: what is right of a spec that is not, and the values before wrong ones were taken out.
         self.readable: ExperimentSpec | None = None
         self.typed: dict[str, Any] = {}
+        #: What the checkpoint that was named says of itself, where that is known.
+        self.described: Described | None = None
         for role in ("small", "large"):
             for name in (*DIMENSIONS, "init_range"):
                 kind = NumberField if name in ("layer_norm_eps", "init_range") else WholeField
@@ -573,14 +576,17 @@ class ExperimentForm(forms.Form):
             )
             if is_path(name):
                 self._compare_with(read_config(Path(name)))
+            elif (config := look(name).config) is not None:  # somebody asked for it before
+                self._compare_with(config)
 
     def _compare_with(self, config: dict[str, Any]) -> None:
-        """A checkpoint that lies here says what small is; fields left empty are filled, others must agree."""
+        """A checkpoint whose config is known says what small is; fields left empty are filled, others must agree."""
         values, family = self.cleaned_data, family_of(config)
         if family.name != values.get("family"):
             self.add_error("family", _sentence("family", values.get("family"), f"the checkpoint's is {family.name}"))
             return
-        shape, _, _, tied = family.shape_of(config)
+        self.described = family.shape_of(config)
+        shape, tied = self.described.shape, self.described.tied
         if values.get("tie_embeddings") != tied:
             self.add_error("tie_embeddings", f"the checkpoint's embeddings are {'tied' if tied else 'not tied'}")
         empty = all(values.get(f"small_{name}") is None for name in DIMENSIONS if name != "layer_norm_eps")

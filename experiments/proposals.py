@@ -5,10 +5,12 @@ Each takes what stands in the form, and gives values for its fields; what does n
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from experiments.estimate import chosen_growth, known_text
 from experiments.forms import ExperimentForm
+from experiments.looks import look
 from experiments.templatetags.figures import count
 from experiments.values import DIMENSIONS, MOST_RUNGS, RUNG_FIELDS, rung, rungs_of
 from trainer.growth import GrowthError
@@ -25,11 +27,14 @@ class Proposal(NamedTuple):
     errors: dict[str, str] = {}  # by field
 
 
-def proposed(form: ExperimentForm, kind: str) -> Proposal:
-    """What `kind` asks for, worked out from what can be read of a form that was validated."""
+def proposed(form: ExperimentForm, kind: str, *, may_look: Callable[[], bool]) -> Proposal:
+    """What `kind` asks for, worked out from what can be read of a form that was validated.
+
+    `may_look`: whether a checkpoint on the Hub may be asked for its dimensions, asked only where they are wanted.
+    """
     match kind.split(" "):
         case ["target"]:
-            return _target(form)
+            return _target(form, may_look)
         case ["stages"]:
             return _stages(form)
         case ["growth"]:
@@ -39,7 +44,7 @@ def proposed(form: ExperimentForm, kind: str) -> Proposal:
     return Proposal(kind)
 
 
-def _target(form: ExperimentForm) -> Proposal:
+def _target(form: ExperimentForm, may_look: Callable[[], bool]) -> Proposal:
     """A shape for large."""
     values = form.typed
     multiple = values.get("target_multiple")
@@ -49,7 +54,7 @@ def _target(form: ExperimentForm) -> Proposal:
     if multiple is None:
         return Proposal("target", errors={"target_multiple": "Parameters, × small's: give a number, such as 2"})
     if small is None or small.shape is None:
-        message = f"Parameters, × small's {multiple:g}: is worked out once small's dimensions are filled in"
+        message = f"Parameters, × small's {multiple:g}: {_why_small_is_unknown(form, may_look)}"
         return Proposal("target", errors={"target_multiple": message})
     try:
         found = shape_for(
@@ -72,8 +77,23 @@ def _target(form: ExperimentForm) -> Proposal:
     return Proposal("target", filled, said)
 
 
+def _why_small_is_unknown(form: ExperimentForm, may_look: Callable[[], bool]) -> str:
+    """What is missing of small; a checkpoint on the Hub is asked."""
+    checkpoint = form.typed.get("small_checkpoint")
+    if form.typed.get("small_source") != "checkpoint" or not checkpoint or "small_checkpoint" in form.errors:
+        return "is worked out once small's dimensions are filled in"
+    found = look(checkpoint, ask=may_look())
+    if found.problem:
+        return f"small's dimensions cannot be read from {checkpoint}: {found.problem}"
+    if found.pending:
+        return f"small's dimensions are being read from {checkpoint}; try again in a moment"
+    return "is worked out once small's dimensions are filled in: nobody can look them up for you just now"
+
+
 def _d_vocab(form: ExperimentForm) -> int | None:
-    """As typed, or as an earlier run on this text found it."""
+    """As the checkpoint says, as typed, or as an earlier run on this text found it."""
+    if form.described is not None:
+        return form.described.d_vocab
     if form.typed.get("tokenizer_kind") != "pretrained":
         return form.typed.get("d_vocab")
     if (typed := form.typed.get("tokenizer_d_vocab")) is not None:

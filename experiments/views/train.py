@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 from uuid import UUID
 
+from allauth.core import ratelimit
 from django.conf import settings
 from django.contrib.auth import login
 from django.core.exceptions import ValidationError
@@ -115,7 +116,8 @@ def _propose(request: HttpRequest) -> HttpResponse:
     owner = partial(ensure_user, request)
     form = ExperimentForm(request.POST, request.FILES, user=request.user, owner=owner)
     form.is_valid()
-    proposal = proposed(form, request.POST["propose"])
+    may_look = partial(ratelimit.consume, request, action="look")
+    proposal = proposed(form, request.POST["propose"], may_look=lambda: bool(may_look()))
     filled = form.data.copy()  # type: ignore[attr-defined]
     for field, value in proposal.values.items():
         filled[field] = value

@@ -22,7 +22,7 @@ from django.utils import timezone
 
 from accounts.models import User
 from experiments import estimate as estimates
-from experiments import jobs
+from experiments import jobs, looks
 from experiments.forms import ExperimentForm
 from experiments.models import Experiment, Host, ModelRun, State
 from experiments.presets import FIRST_LOOK, ORIGINAL, PRESETS
@@ -30,6 +30,7 @@ from experiments.templatetags.figures import count, flops, si
 from tests.experiments.factories import make_experiment, make_user
 from tests.experiments.test_forms import EMPTY, first_look, from_checkpoint, posted, stage
 from trainer.budget import parameters, sheet
+from trainer.families import get_family
 from trainer.shape import Shape
 
 pytestmark = pytest.mark.django_db
@@ -508,6 +509,29 @@ def test_a_multiple_that_is_none_is_refused_beside_its_field(
     assert error
     assert words in error[1]
     assert filled(client.post(TRAIN, first_look(**changes, propose="target")))["large_d_model"] == "256"
+
+
+def test_a_checkpoint_on_the_hub_is_asked_what_it_is(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    known = looks.Look(pending=True)
+
+    def look(source: str, *, ask: bool = False) -> looks.Look:
+        asked.append(ask)
+        return known
+
+    monkeypatch.setattr("experiments.forms.look", look)
+    monkeypatch.setattr("experiments.proposals.look", look)
+    form = first_look(**from_checkpoint("owner/model", **EMPTY), propose="target", target_multiple="2")
+    assert "being read from owner/model" in client.post(TRAIN, form).content.decode()
+    assert asked == [False, True, False]  # only the button sends somebody to look
+    known = looks.Look(problem="there is none of that name")
+    assert "there is none of that name" in client.post(TRAIN, form).content.decode()
+    shape = FIRST_LOOK.spec.models["small"].shape
+    assert shape
+    known = looks.Look(get_family("llama").config(shape, 128, 2048, True))
+    text = client.post(TRAIN, form).content.decode()
+    assert re.search(r"\d parameters: ", text)  # with its vocabulary
+    assert filled(client.post(TRAIN, form))["large_d_model"] != "256"
 
 
 def test_without_a_vocabulary_a_multiple_is_of_what_is_not_embeddings(client: Client) -> None:
