@@ -8,6 +8,7 @@ import re
 import shutil
 import zipfile
 from pathlib import Path
+from threading import BoundedSemaphore
 from typing import Any
 from urllib.parse import quote
 
@@ -39,6 +40,12 @@ def ada(client: Client) -> User:
 @pytest.fixture(autouse=True)
 def _runs_dir(settings: Any, tmp_path: Path) -> None:
     settings.RUNS_DIR = tmp_path
+
+
+@pytest.fixture(autouse=True)
+def _places(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Places of each test's own: a download that a test did not close gives its back when the garbage is collected."""
+    monkeypatch.setattr(downloads, "_places", BoundedSemaphore(downloads.DOWNLOADS))
 
 
 def page(client: Client, experiment: Experiment, **query: str) -> str:
