@@ -67,8 +67,13 @@ def spread(plan: GrowthPlan) -> float:
 def largest(tensor: Tensor, beside: float = 0.0) -> float:
     """The largest |entry - beside|."""
     rows = max(1, BLOCK_ENTRIES // max(1, *tensor.shape[1:], 1))
-    blocks = (tensor[start : start + rows] for start in range(0, tensor.shape[0], rows))
-    return max((float(np.abs(block - beside).max(initial=0.0)) for block in blocks), default=0.0)
+    found = 0.0
+    for start in range(0, tensor.shape[0], rows):
+        block = tensor[start : start + rows]
+        if beside:
+            block -= beside
+        found = max(found, _size(block))
+    return found
 
 
 def _vector(source: Tensor, grown: Tensor, origin: Origin, plan: GrowthPlan) -> float:
@@ -97,17 +102,24 @@ def _out_first(
     """Stored (out, in): blocks of outputs, all inputs."""
     copies, worst = into.copies, [0.0]
     mean = mean_of_rows(source) if out.averaged.any() else None
+    weighted = bool((into.write[~into.new] != 1).any())
+    some_drawn = not only_copied and bool(into.drawn.any())
     step = max(1, BLOCK_ENTRIES // len(into.source))
     for start in range(0, len(out.source), step):
         rows = slice(start, start + step)
         block = grown[rows]
-        if not only_copied:
+        if some_drawn:
             worst.append(_worst(block[:, into.drawn], judged[rows]))
-        read = copies.summed(block * into.write)  # W' E_in: (block of outputs, small inputs)
+        if weighted:
+            block *= into.write
+        difference = copies.summed(block)  # W' E_in: (block of outputs, small inputs)
         expected = source[out.source[rows]]
         if mean is not None:
             expected[out.averaged[rows]] = mean
-        worst.append(_worst(read - expected * write[rows, None], judged[rows]))
+        if not (write[rows] == 1).all():
+            expected *= write[rows, None]
+        difference -= expected
+        worst.append(_worst(difference, judged[rows]))
     return worst
 
 
@@ -124,17 +136,28 @@ def _in_first(
     for start in range(0, into.small, step):
         starts, counts = copies.starts[start : start + step], copies.counts[start : start + step]
         members = copies.order[starts[0] : starts[-1] + counts[-1]]
-        read = grown[members] * into.write[members, None]
-        read = np.add.reduceat(read, starts - starts[0], axis=0)  # (W' E_in)^T: (block of small inputs, outputs)
+        read = grown[members]
+        if not (into.write[members] == 1).all():
+            read *= into.write[members, None]
+        if copies.several:
+            read = np.add.reduceat(read, starts - starts[0], axis=0)  # (W' E_in)^T: (block of small inputs, outputs)
         block = source[start : start + step]
-        expected = block[:, out.source]
+        expected = out.spread(block)
         if out.averaged.any():
             expected[:, out.averaged] = block.mean(axis=1, keepdims=True)
-        worst.append(_worst((read - expected * write).T, judged))
+        if not (write == 1).all():
+            expected = expected * write  # a new array: where nothing is spread, it is the parent's block
+        read -= expected
+        worst.append(_worst(read.T, judged))
     return worst
 
 
 def _worst(differences: Floats, judged: NDArray[np.bool_]) -> float:
-    """The largest |difference| over the outputs (first dimension) that are judged; NaN is the worst of all."""
-    held = np.abs(differences[judged])
-    return float("inf") if np.isnan(held).any() else float(held.max(initial=0.0))
+    """The largest |difference| over the outputs (first dimension) that are judged."""
+    return _size(differences if judged.all() else differences[judged])
+
+
+def _size(values: Floats) -> float:
+    """The largest |entry|; NaN is the largest of all."""
+    found = float(max(values.max(initial=0.0), -values.min(initial=0.0)))
+    return float("inf") if np.isnan(values.max(initial=0.0)) else found

@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-from numpy.typing import NDArray
 
 from trainer.growth.plan import GrowthPlan, Origin
 from trainer.growth.tensors import Floats, Side, row_blocks, side_of
-from trainer.growth.weights import STORED, Array, Tensor, narrow, widen32
+from trainer.growth.weights import Array, Tensor, narrow, widen32
 
 
 def copied(old: Tensor, origin: Origin, plan: GrowthPlan, dtype: str) -> Iterator[Array] | None:
@@ -52,7 +51,6 @@ def _blocks(
     *,
     as_it_is: bool,
 ) -> Iterator[Array]:
-    pieces = _pieces(columns)
     for part in row_blocks(shape):
         block = old.stored(rows.source[part])
         if not as_it_is:
@@ -61,13 +59,7 @@ def _blocks(
             factor = row_scale[part, None] * scale.flat[0] if _is_one_value(scale) else scale * row_scale[~rows.new][0]
             values *= factor.astype(np.float32)
             block = narrow(values, dtype)
-        if pieces is None:
-            block = block.take(columns.source, axis=1)
-        elif not columns.unchanged:
-            wide = np.zeros((len(block), shape[1]), STORED[dtype])
-            for at, source in pieces:
-                wide[:, at] = block[:, source]
-            block = wide
+        block = columns.spread(block)
         block[:, columns.new] = 0
         block[rows.new[part]] = 0
         yield block
@@ -87,17 +79,3 @@ def _is_one_value(scale: Floats) -> bool:
 
 def _powers_of_two(scale: Floats) -> bool:
     return bool((np.frexp(scale)[0] == 0.5).all())
-
-
-def _pieces(columns: Side) -> list[tuple[slice, slice]] | None:
-    """Runs of columns that lie side by side in the parent too, in the child and there; None where they are short."""
-    old: NDArray[np.intp] = np.flatnonzero(~columns.new)
-    source = columns.source[old]
-    cuts = np.flatnonzero((np.diff(old) != 1) | (np.diff(source) != 1)) + 1
-    starts, stops = [0, *cuts.tolist()], [*cuts.tolist(), len(old)]
-    if 16 * len(starts) > len(old):
-        return None
-    return [
-        (slice(int(old[a]), int(old[b - 1]) + 1), slice(int(source[a]), int(source[b - 1]) + 1))
-        for a, b in zip(starts, stops, strict=True)
-    ]

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from trainer.families import Axes, Parameter
 from trainer.growth.maps import NEW, product
 from trainer.growth.plan import GrowthPlan, Origin
-from trainer.growth.weights import Tensor
+from trainer.growth.weights import Array, Tensor
 
 Floats = NDArray[np.float64]
 
@@ -46,6 +46,26 @@ class Side:
     @cached_property
     def unchanged(self) -> bool:
         return self.small == len(self.source) and bool((self.source == np.arange(self.small)).all())
+
+    def spread(self, block: Array) -> Array:
+        """A block's columns (rows, small) as the child has them (rows, large); those of new ones are of no meaning."""
+        if self.unchanged:
+            return block
+        if self._runs is None:
+            return block.take(self.source, axis=1)
+        wide = np.empty((len(block), len(self.source)), block.dtype)
+        for start, stop, source in self._runs:
+            wide[:, start:stop] = block[:, source : source + stop - start]
+        return wide
+
+    @cached_property
+    def _runs(self) -> list[tuple[int, int, int]] | None:
+        """Columns that lie side by side in the parent too: from, to, source of the first. None where they are short."""
+        cuts = np.flatnonzero(np.diff(self.source) != 1) + 1
+        starts, stops = [0, *cuts.tolist()], [*cuts.tolist(), len(self.source)]
+        if 16 * len(starts) > len(self.source):
+            return None
+        return [(start, stop, int(self.source[start])) for start, stop in zip(starts, stops, strict=True)]
 
     @cached_property
     def copies(self) -> Copies:
@@ -77,26 +97,35 @@ class Copies:
     def several(self) -> bool:
         return bool((self.counts > 1).any())
 
+    @cached_property
+    def turns(self) -> list[NDArray[np.intp] | slice] | None:
+        """The first copy of every small index, then the second of each, and so on; None where some have more."""
+        n = int(self.counts[0])
+        if (self.counts != n).any():
+            return None
+        return [_progression(members) for members in self.order.reshape(-1, n).T]
+
     def summed(self, columns: Floats) -> Floats:
         """Sums over the copies of each small index: (rows, large) to (rows, small)."""
-        together = self.side_by_side(columns)
-        n = int(self.counts[0])
-        if (self.counts == n).all():
-            return together.reshape(len(columns), -1, n).sum(axis=2) if n > 1 else together
-        return np.add.reduceat(together, self.starts, axis=1)
+        if self.turns is None:
+            return np.add.reduceat(columns.take(self.order, axis=1), self.starts, axis=1)
+        first, *others = (columns[:, turn] for turn in self.turns)
+        if not others:
+            return first
+        total = first + others[0]
+        for other in others[1:]:
+            total += other
+        return total
 
-    def side_by_side(self, columns: Floats) -> Floats:
-        """The columns with a source, those of one source together."""
-        return columns if self._in_order else columns.take(self.order, axis=1)
 
-    @cached_property
-    def _in_order(self) -> bool:
-        return len(self.order) == self.large and bool((self.order == np.arange(self.large)).all())
-
-    @cached_property
-    def back(self) -> NDArray[np.intp] | None:
-        """Where each large index stands in `order`; None where some have no source."""
-        return np.argsort(self.order) if len(self.order) == self.large else None
+def _progression(indices: NDArray[np.intp]) -> NDArray[np.intp] | slice:
+    """The same as a slice, where it is one: many times as fast to take."""
+    if len(indices) < 2:
+        return indices
+    step = int(indices[1] - indices[0])
+    if step < 1 or (np.diff(indices) != step).any():
+        return indices
+    return slice(int(indices[0]), int(indices[-1]) + 1, step)
 
 
 def side_of(plan: GrowthPlan, segments: tuple[Axes, ...], interleaved: bool = False) -> Side:
@@ -237,8 +266,7 @@ def _matrix(
         if following is not None and not new.in_first:
             above = rows.rank[part] > 0
             values[above] = following[rows.source[part][above]]
-        if not columns.unchanged:
-            values = values.take(columns.source, axis=1)
+        values = columns.spread(values)
         if following is not None and new.in_first:
             above = columns.rank > 0
             values[:, above] = following[rows.source[part]].take(columns.source[above], axis=1)
@@ -300,23 +328,29 @@ def _add_noise(matrix: Floats, into: Side, noise: float, rng: np.random.Generato
     Over the copies j of an input, sum_j noise_j write_j is zero; its root mean square is `noise` times that of the row.
     """
     copies = into.copies
-    sources = len(copies.counts)
+    old = matrix[:, copies.order] if into.new.any() else matrix
+    size = noise * np.sqrt(np.einsum("ij,ij->i", old, old) / old.shape[1])[:, None]
+    if copies.turns is not None and (into.write[copies.order] == 1).all():
+        n = len(copies.turns)
+        if n == 2:  # one free direction: what one copy gets the other loses
+            drawn = rng.standard_normal((len(matrix), into.small))
+            drawn *= size
+            matrix[:, copies.turns[0]] += drawn
+            matrix[:, copies.turns[1]] -= drawn
+            return
+        each = rng.standard_normal((len(matrix), n, into.small))
+        each -= each.mean(axis=1, keepdims=True)
+        each *= (size / np.sqrt(1 - 1 / n))[:, None]  # taking the mean away took one direction in n
+        for i, turn in enumerate(copies.turns):
+            matrix[:, turn] += each[:, i]
+        return
     drawn = rng.standard_normal((len(matrix), len(copies.order)))  # the copies of each input side by side
     write = into.write[copies.order]
-    n = int(copies.counts[0])
-    if (copies.counts == n).all() and (write == 1).all():
-        grouped = drawn.reshape(len(matrix), sources, n)
-        grouped -= grouped.mean(axis=2, keepdims=True)
-    else:  # take away the projection on the writes
-        power = np.add.reduceat(write * write, copies.starts)
-        along = np.add.reduceat(drawn * write, copies.starts, axis=1) / power
-        drawn -= np.repeat(along, copies.counts, axis=1) * write
+    power = np.add.reduceat(write * write, copies.starts)
+    along = np.add.reduceat(drawn * write, copies.starts, axis=1) / power
+    drawn -= np.repeat(along, copies.counts, axis=1) * write  # away with the projection on the writes
     # That took one direction in n, and all of it where there is one copy.
-    kept = np.where(copies.counts > 1, 1 - 1 / copies.counts, 1.0)
-    drawn *= np.repeat(noise / np.sqrt(kept), copies.counts)
-    drawn[:, np.repeat(copies.counts == 1, copies.counts)] = 0.0
-    drawn *= np.sqrt(np.mean(copies.side_by_side(matrix) ** 2, axis=1, keepdims=True))
-    if copies.back is None:
-        matrix[:, copies.order] += drawn
-    else:
-        matrix += drawn.take(copies.back, axis=1)
+    kept = np.where(copies.counts > 1, 1 - 1 / copies.counts, np.inf)
+    drawn *= np.repeat(1 / np.sqrt(kept), copies.counts)
+    drawn *= size
+    matrix[:, copies.order] += drawn
