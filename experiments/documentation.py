@@ -24,6 +24,7 @@ PAGES: dict[str, str] = {
     "fields": "What each field of the Train page and of a spec means, and which values make sense.",
     "figures": "What each figure means, how it is computed, and what makes a comparison fair.",
     "growth": "The growth operators: what each does to the weights, and when it keeps the function.",
+    "growth-table": "Every family, rule and ratio, grown and measured: what is kept to rounding, and what is lost.",
     "hosts": "Training on machines of your own: adding one, what is done there, how it is kept safe, how to lock it.",
     "families": "The architectures that can be grown, and what of each is kept or refused.",
     "extending": "Adding a family, a width rule or a depth rule: one class and one line.",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,23 +46,14 @@ def save(folder: Path, family: str, shape: Shape, *, tied: bool = True, dtype: s
 
 
 def exact_logits(folder: Path) -> Any:
-    """:func:`logits` in float64 throughout: transformers' RMSNorm computes in float32 whatever the model's type."""
+    """:func:`logits` in float64 throughout, which transformers' norms and rotations are not by themselves."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
-    for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm"):
-            module.forward = partial(_rms_norm, module)
+    from trainer.growth.table import EXACT, load
+
     tokens = torch.randint(0, D_VOCAB, (2, N_POSITIONS), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        return model(tokens).logits
-
-
-def _rms_norm(module: Any, x: Any) -> Any:
-    from_one = not hasattr(module, "variance_epsilon")  # Gemma's norms, which call it eps
-    eps = module.eps if from_one else module.variance_epsilon
-    return (from_one + module.weight) * x * (x.pow(2).mean(-1, keepdim=True) + eps).rsqrt()
+        return load(folder, EXACT)(tokens).logits
 
 
 def logits(folder: Path, dtype: str = "float32") -> Any:
