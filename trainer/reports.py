@@ -44,21 +44,24 @@ def reported(
     worker = threading.Thread(target=run, daemon=True)
     worker.start()
     said, at = "", 0.0
-    while True:
-        if stop():
-            leaving.set()
-            worker.join(PATIENCE)
-            raise stopped
-        try:
-            news = reports.get(timeout=0.2)
-        except queue.Empty:
-            continue
-        if news is None:
-            break
-        what, done, total = news
-        if what != said or done == total or time.monotonic() - at > 1.0:
-            said, at = what, time.monotonic()
-            yield {"kind": "preparing", "what": what, "done": done, "total": total}
+    try:
+        while True:
+            if stop():
+                leaving.set()
+                worker.join(PATIENCE)
+                raise stopped
+            try:
+                news = reports.get(timeout=0.2)
+            except queue.Empty:
+                continue
+            if news is None:
+                break
+            what, done, total = news
+            if what != said or done == total or time.monotonic() - at > 1.0:
+                said, at = what, time.monotonic()
+                yield {"kind": "preparing", "what": what, "done": done, "total": total}
+    finally:
+        leaving.set()  # also where nobody wants to hear the rest
     value, error = outcome[0]
     if error is not None:
         raise error

@@ -282,7 +282,7 @@ def _story(
         if last:
             break
         began = time.perf_counter()
-        del made, stretch  # both sizes will be there when the growth is measured: a third copy would be too many
+        del made, stretch, task  # both sizes will be there when the growth is measured: a third copy would be too many
         following = stages[state.stage + 1].shape
         assert following is not None
         made = yield from makes.next(following, state.stage + 1, state.step, precision)

@@ -303,7 +303,8 @@ class ExperimentSpec(Spec):
     def _check_steps(self, name: str, ladder: tuple[Rung, ...]) -> None:
         at, max_steps, begin = f"models.{name}.init.ladder", self.train_of(name).max_steps, 0
         if ladder and max_steps is None:
-            raise _error(f"models.{name}.train.max_steps", "is needed beside a ladder, which grows at given steps")
+            field = f"models.{name}.train.max_steps" if "max_steps" in self.models[name].train else "train.max_steps"
+            raise _error(field, f"is needed, since {name} has a ladder, which grows it at given steps")
         for i, rung in enumerate(ladder):
             begin += rung.steps
             if begin >= (max_steps or 0):

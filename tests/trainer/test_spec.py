@@ -160,7 +160,7 @@ def test_a_ladder_grows_at_steps_so_epochs_alone_do_not_do() -> None:
     held = copy.deepcopy(STANDARD)
     held["models"]["scaled"]["init"] |= {"ladder": [RUNG]}
     held["train"] = {"max_steps": None, "num_epochs": 2}
-    with pytest.raises(SpecError, match=r"models\.scaled\.train\.max_steps: is needed beside a ladder"):
+    with pytest.raises(SpecError, match=r"^train\.max_steps: is needed, since scaled has a ladder"):
         parse_spec(held)
     held["models"]["scaled"]["train"] = {"max_steps": 11, "warmup_steps": 0}
     assert parse_spec(held).models["scaled"].shape is not None
