@@ -57,6 +57,18 @@ def spec_for(books: Path, steps: int, seed: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def shelf_of(books: Path, out: Path) -> Path:
+    """A folder in `out` of only the books: what describes their folder is not part of the corpus."""
+    shelf = (out / "shelf").absolute()
+    shelf.mkdir(parents=True, exist_ok=True)
+    for book in sorted(books.iterdir()):
+        if book.suffix in (".md", ".txt") and book.stem.upper() not in ("README", "SOURCE"):
+            link = shelf / book.name
+            if not link.exists():
+                link.symlink_to(book.resolve())
+    return shelf
+
+
 def events_of(directory: Path, kind: str) -> list[dict[str, Any]]:
     lines = (directory / "events.jsonl").read_text().splitlines()
     return [event for event in map(json.loads, lines) if event["kind"] == kind]
@@ -71,15 +83,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="0: all cores")
     arguments = parser.parse_args()
 
-    # Only the books: what describes the folder is not part of the corpus.
-    shelf = (arguments.out / "shelf").absolute()
-    shelf.mkdir(parents=True, exist_ok=True)
-    for book in sorted(arguments.books.iterdir()):
-        if book.suffix in (".md", ".txt") and book.stem.upper() not in ("README", "SOURCE"):
-            link = shelf / book.name
-            if not link.exists():
-                link.symlink_to(book.resolve())
-
+    shelf = shelf_of(arguments.books, arguments.out)
     threads = ["--threads", str(arguments.threads)] if arguments.threads else []
     for seed in arguments.seeds:
         folder = arguments.out / f"seed-{seed}"
