@@ -159,7 +159,7 @@ class GrowthForm(forms.Form):
         required=False,
         label="Measure both models on a text",
         widget=forms.CheckboxInput(attrs={"class": "form-check-input"}),
-        help_text="Loads both after growing and compares their logits on some thousand tokens of Python source.",
+        help_text="Loads both after growing and compares their logits on about two thousand tokens of Python source.",
     )
 
     def __init__(self, data: Any = None, *, user: Any, ask: bool = False, **kwargs: Any):
