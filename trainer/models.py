@@ -10,7 +10,6 @@ import shutil
 import time
 from collections.abc import Callable, Container, Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -213,8 +212,9 @@ class Maker:
                 stopped = StopRequested(step, str(train.checkpoint_path(step)) if step else None)
                 yield from reported(grow, self.stop, stopped)
                 if init.learn_steps:
-                    learn_maps = partial(self._learn, init, source, weights, growth, stage, precision)
-                    learned = yield from reported(learn_maps, self.stop, stopped)
+                    what = f"learning the maps of growth, in {init.learn_steps:,} steps"
+                    yield {"kind": "preparing", "what": what, "done": None, "total": None}
+                    learned = self._learn(init, source, weights, growth, stage, precision, stopped)
                 self.processes.wait()
             child = load_model(weights, self.device)
             record = self._record(init, described, growth, source)
@@ -273,11 +273,12 @@ class Maker:
         growth: GrowthPlan,
         stage: int,
         precision: str,
-        report: Report,
+        stopped: StopRequested,
     ) -> Learned:
         """Train the maps, and put what they make into the folder of the plan's child.
 
-        On batches in an order of their own: those of training are to be as new to this model as to any other.
+        On batches in an order of their own: those of training are to be as new to this model as to any other. In this
+        thread, not one of its own: what that had of memory for activations would not be had for training again.
         """
         child = load_model(weights, self.device)
         batches = train.Batches(
@@ -286,6 +287,10 @@ class Maker:
             self.settings.batch_size,
             self.spec.train.seed + (stage + 1 << 32),
         )
+
+        def progress(done: int, total: int, loss: float) -> None:
+            if self.stop():
+                raise stopped
 
         learned = learn(
             load_model(source, self.device),
@@ -296,7 +301,7 @@ class Maker:
             lr=init.learn_lr,
             seed=self.settings.seed,
             device=self.device,
-            progress=lambda done, total, loss: report("learning the maps of growth, in steps", done, total),
+            progress=progress,
             precision=precision,
         )
         child.load_state_dict(learned.state)
