@@ -158,17 +158,19 @@ def _follow(pk: str, attempt: int, detached: Callable[[], bool]) -> bool:
         reason = Reason.DISK_FULL if error.errno in (errno.ENOSPC, errno.EDQUOT) else Reason.ERROR
         _settle(growth, State.FAILED, reason, detail=f"could not be started: {error}")
         return True
-    reports = _Reports(growth.work / "log.txt")
+    reports, told = _Reports(growth.work / "log.txt"), 0.0
     while True:
         alive = agent.status(growth.work)["alive"]  # before reading: the other way round, the last words would be lost
         reports.read()
-        if not _tell(growth, reports.progress):
-            return True
+        if not alive or time.monotonic() - told >= 1.0:
+            told = time.monotonic()
+            if not _tell(growth, reports.progress):
+                return True
         if not alive:
             break
         if detached():
             return False
-        time.sleep(0.5)
+        time.sleep(0.2)
     return _conclude(growth, reports, detached)
 
 

@@ -88,8 +88,8 @@ def _fresh(request: HttpRequest) -> HttpResponse:
 
 def _start(request: HttpRequest) -> HttpResponse:
     anonymous = not request.user.is_authenticated
-    wants_to_look = "look" in request.POST and _may_look(request)
-    form = GrowthForm(request.POST, user=request.user, ask=wants_to_look or not _is_only_check(request))
+    wants_to_look = "look" in request.POST or not _is_only_check(request)
+    form = GrowthForm(request.POST, user=request.user, ask=wants_to_look and _may_look(request))
     if form.is_valid() and not _is_only_check(request):
         if form.plan is None:
             form.add_error(

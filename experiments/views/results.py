@@ -262,7 +262,7 @@ def _files(standing: Standing) -> list[dict[str, Any]]:
     for each in standing.runs:
         steps = {path.name for path in each.run.directory.glob("checkpoints/step-*")} | _on_host(each.run)
         for name in ["model", *sorted(steps, reverse=True)]:
-            about = {"model": each.name, "colour": each.colour, "name": name, "host": each.run.host}
+            about = {"model": each.name, "run": each.run.pk, "colour": each.colour, "name": name, "host": each.run.host}
             if (folder := _checkpoint(each.run, name)) is not None:
                 found.append({**about, "bytes": downloads.bytes_of(folder), "is_here": True})
             elif each.run.host.is_remote and (name != "model" or each.run.state == State.SUCCEEDED):
