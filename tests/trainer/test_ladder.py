@@ -29,13 +29,15 @@ def laddered(text: Path, *, train: dict[str, Any] | None = None, **init: Any) ->
 
 @pytest.fixture
 def go(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Event]]:
-    """Run one model, in this process, to its end or until so many steps are done."""
+    """Run one model, in this process, to its end, until so many steps are done, or until it says what it prepares."""
     monkeypatch.setattr(train, "FLUSH_SECONDS", 0.0)  # an event each step, as it is made
 
-    def go(spec: ExperimentSpec, name: str, out: Path, until: int | None = None) -> list[Event]:
+    def go(spec: ExperimentSpec, name: str, out: Path, until: int | str | None = None) -> list[Event]:
         done: list[Event] = []
 
         def stop() -> bool:
+            if isinstance(until, str):
+                return any(event.kind == "preparing" and event.what.startswith(until) for event in done)
             return any(event.kind == "train" and event.step == until for event in done)
 
         for event in run(spec, name, out / name, cache=cache, threads=1, resume=True, stop=stop):
@@ -151,9 +153,11 @@ def test_what_learning_the_maps_costs_is_its_models_and_the_tables_may_grow_too(
     held = laddered(text).model_dump(mode="json")
     held["models"]["scaled"]["init"] |= {"ladder": [], "learn_steps": 3, "d_vocab": 336, "n_positions": 48}
     spec = parse_spec(held)
-    for name in spec.models:
-        assert go(spec, name, tmp_path)[-1].kind == "finished"
     directory = tmp_path / "scaled"
+    assert go(spec, "small", tmp_path)[-1].kind == "finished"
+    stopped = go(spec, "scaled", tmp_path, "learning the maps")[-1]
+    assert (stopped.kind, stopped.checkpoint, list(directory.glob(".grown*"))) == ("stopped", None, [])
+    assert go(spec, "scaled", tmp_path)[-1].kind == "finished"
     (grown,) = events(directory, "grown")
     learned, tokens = grown["learned"], 4 * 32
     assert (learned["steps"], learned["tokens"], grown["preserves"]) == (3, 3 * tokens, False)
