@@ -175,7 +175,8 @@ def _bytes(blocks: Any) -> bytes:
     ("family", "changes", "settings"),
     [
         ("llama", {"d_model": 768, "n_heads": 12, "n_kv_heads": 12, "d_mlp": 4096}, {}),
-        ("gpt2", {"d_model": 768, "n_heads": 12, "d_mlp": 4096}, {"snr_db": None}),
+        ("gpt2", {"d_model": 768, "n_heads": 12, "d_mlp": 4096}, {}),  # stored (in, out): copies of an input lie apart
+        ("gpt2", {"d_model": 768, "n_heads": 12, "d_mlp": 4096}, {"split": "uneven", "snr_db": None}),
     ],
 )
 def test_memory_is_for_blocks_of_rows_whatever_a_tensor_has(
@@ -194,7 +195,7 @@ def test_memory_is_for_blocks_of_rows_whatever_a_tensor_has(
         tracemalloc.stop()
     largest = max(tensor.nbytes for tensor in Weights(tmp_path / "child").tensors.values())
     assert largest > 12_000_000
-    assert peak < largest / 4
+    assert peak < largest / 3
 
 
 # Dtypes

@@ -12,9 +12,10 @@ Everything is computed in float64, as stored: (out, in), or (in, out) where the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -255,9 +256,10 @@ def _matrix(
     for_noise, for_new, for_shares = rng.spawn(3)
     averaged = bool(out.averaged.any())
     mean = mean_of_rows(old) if averaged and not new.in_first else None
-    # Copies of an input must be at hand together where they depend on one another: stored (in, out), all rows.
-    together = new.in_first and (noise or split == "uneven")
-    for part in [slice(0, new.shape[0])] if together else row_blocks(new.shape):
+    shares_apart = Apart(into, len(out.source), _shares_of_copies, for_shares)
+
+    def copied(part: slice) -> Floats:
+        """E_out W R_in with its shares, before what is drawn."""
         values = old[rows.source[part]]
         if averaged and new.in_first:
             of_each_row = values.mean(axis=1, keepdims=True)
@@ -275,11 +277,23 @@ def _matrix(
         for scale in (row_scale[part, None], column_scale):
             if not (scale == 1).all():
                 values *= scale
-        by_output = values.T if new.in_first else values
-        if split != "even":
-            by_output *= share.of(slice(None), part, for_shares) if new.in_first else share.of(part, None, for_shares)
-        if noise:
-            _add_noise(by_output, into, noise, for_noise)
+        if split == "diagonal":
+            values *= share.of(slice(None), part, for_shares).T if new.in_first else share.of(part, None, for_shares)
+        elif split == "uneven":
+            values *= shares_apart.rows(part) if new.in_first else share.of(part, None, for_shares)
+        return values
+
+    if noise and new.in_first:
+        size = noise * _root_mean_square(copied(part)[~into.new[part]] for part in row_blocks(new.shape))
+        noise_apart = Apart(into, len(out.source), _noise_of_copies, for_noise)
+    for part in row_blocks(new.shape):
+        values = copied(part)
+        if noise and new.in_first:
+            drawn = noise_apart.rows(part)
+            drawn *= size
+            values += drawn
+        elif noise:
+            _add_noise(values, into, noise, for_noise)
         if some_new:
             along_rows, along_columns = (part, None), (slice(None),)
             o, i = (along_columns, along_rows) if new.in_first else (along_rows, along_columns)
@@ -287,6 +301,73 @@ def _matrix(
             made = np.where(into.new[i], np.where(into.drawn_from[i], drawn, 0.0), values)
             values = np.where((out.new & ~out.averaged)[o], np.where(out.drawn[o], drawn, 0.0), made)
         yield values
+
+
+def _root_mean_square(blocks: Iterable[Floats]) -> Floats:
+    """Of each column, over the rows of all blocks."""
+    total, rows = np.zeros(1), 0
+    for block in blocks:
+        total = total + np.einsum("ij,ij->j", block, block)
+        rows += len(block)
+    return np.sqrt(total / rows)
+
+
+class Apart:
+    """What is drawn for a matrix stored (in, out), where the copies of an input depend on one another and lie apart.
+
+    Drawn for CHUNK of the parent's inputs at a time, with all of their copies, from a stream of the chunk's own: so
+    any block of rows can be made by itself, and memory is for a chunk, at the price of drawing it again for other rows.
+    `draw(rng, write, counts, n)` gives (copies of all inputs side by side, n).
+    """
+
+    CHUNK = 16
+
+    def __init__(self, into: Side, n_out: int, draw: Draw, rng: np.random.Generator):
+        self.into, self.n_out, self.draw = into, n_out, draw
+        self.key = rng.integers(2**32, size=4).tolist()
+
+    def rows(self, part: slice) -> Floats:
+        """(rows, outputs); rows without a source are ones."""
+        copies, rows = self.into.copies, np.ones((part.stop - part.start, self.n_out))
+        for chunk in np.unique(self.into.source[part][~self.into.new[part]] // self.CHUNK).tolist():
+            inputs = slice(chunk * self.CHUNK, (chunk + 1) * self.CHUNK)
+            counts = copies.counts[inputs]
+            members = copies.order[copies.starts[inputs.start] :][: counts.sum()]
+            wanted = (part.start <= members) & (members < part.stop)
+            drawn = self.draw(np.random.default_rng([*self.key, chunk]), self.into.write[members], counts, self.n_out)
+            rows[members[wanted] - part.start] = drawn[wanted]
+        return rows
+
+
+Draw = Callable[[np.random.Generator, Floats, NDArray[np.intp], int], Floats]
+
+
+def _noise_of_copies(rng: np.random.Generator, write: Floats, counts: NDArray[np.intp], n: int) -> Floats:
+    """Of variance one, and nothing in the sum over an input's copies of what each writes; zero where there is one."""
+    if (counts == 2).all() and (write == 1).all():  # one free direction: what one copy gets the other loses
+        one: Floats = rng.standard_normal((len(counts), 1, n))
+        return np.concatenate([one, -one], axis=1).reshape(-1, n)
+    return _unseen(rng.standard_normal((len(write), n)), write, counts, axis=0)
+
+
+def _unseen(drawn: Floats, write: Floats, counts: NDArray[np.intp], axis: Literal[0, 1]) -> Floats:
+    """Normal numbers for copies side by side along `axis`, less their projection on what the copies of each write."""
+    write, starts = (write[:, None] if axis == 0 else write), np.concatenate([[0], np.cumsum(counts)[:-1]])
+    along = np.add.reduceat(drawn * write, starts, axis=axis) / np.add.reduceat(write * write, starts, axis=0)
+    drawn -= np.repeat(along, counts, axis=axis) * write
+    # That took one direction in n, and all of it where there is one copy.
+    left = np.repeat(1 / np.sqrt(np.where(counts > 1, 1 - 1 / counts, np.inf)), counts)
+    drawn *= left[:, None] if axis == 0 else left
+    return drawn
+
+
+def _shares_of_copies(rng: np.random.Generator, write: Floats, counts: NDArray[np.intp], n: int) -> Floats:
+    """Uniform over all with sum_j share_j write_j = 1: Dirichlet(1, ..., 1), as exponentials over their sum."""
+    drawn = rng.exponential(size=(len(write), n))
+    starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+    drawn /= np.repeat(np.add.reduceat(drawn, starts, axis=0), counts, axis=0)
+    drawn /= write[:, None]
+    return drawn
 
 
 def mean_of_rows(tensor: Tensor) -> Floats:
@@ -312,8 +393,7 @@ class Shares:
             counts = copies.counts[into.source[at]]
             chosen = self.out.rank[outputs, None] % counts == into.rank[at]
             return np.where(chosen | into.new[at], 1 / known, 0.0)
-        # Uniform over all ways of sharing: Dirichlet(1, ..., 1), drawn as exponentials over their sum. A share depends
-        # on nothing but its row, so rows may come in blocks; transposed, all of them come at once.
+        # As _shares_of_copies. A share depends on nothing but its row, so rows may come in blocks.
         n_outputs = len(self.out.source[outputs])
         drawn = rng.exponential(size=(n_outputs, len(copies.order)))
         drawn /= np.repeat(np.add.reduceat(drawn, copies.starts, axis=1), copies.counts, axis=1)
@@ -345,12 +425,6 @@ def _add_noise(matrix: Floats, into: Side, noise: float, rng: np.random.Generato
             matrix[:, turn] += each[:, i]
         return
     drawn = rng.standard_normal((len(matrix), len(copies.order)))  # the copies of each input side by side
-    write = into.write[copies.order]
-    power = np.add.reduceat(write * write, copies.starts)
-    along = np.add.reduceat(drawn * write, copies.starts, axis=1) / power
-    drawn -= np.repeat(along, copies.counts, axis=1) * write  # away with the projection on the writes
-    # That took one direction in n, and all of it where there is one copy.
-    kept = np.where(copies.counts > 1, 1 - 1 / copies.counts, np.inf)
-    drawn *= np.repeat(1 / np.sqrt(kept), copies.counts)
+    drawn = _unseen(drawn, into.write[copies.order], copies.counts, axis=1)
     drawn *= size
     matrix[:, copies.order] += drawn
