@@ -29,7 +29,7 @@ from trainer.train import Batches, Objective
 
 CPU = torch.device("cpu")
 
-#: Every axis that can be copied grows, units and RMSNorm's channels not by a whole ratio.
+#: Every axis that can be copied grows, units and Llama's channels not by a whole ratio.
 WIDER = {
     "gpt2": {"d_model": 24, "n_heads": 6, "d_mlp": 50, "n_layers": 4},
     "gpt_neox": {"d_model": 48, "n_heads": 6, "d_mlp": 50, "n_layers": 4},
@@ -88,13 +88,13 @@ def test_the_maps_begin_as_the_plans_and_end_as_plain_weights(
     family: str, tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     to = child(family, **WIDER.get(family, LIKE_LLAMA))
-    pair = grown_pair(tmp_path, family, to, grow(snr_db=None), tied)
+    pair = grown_pair(tmp_path, family, to, grow(snr_db=None, init_range=1e-9), tied)
     first, second = itertools.islice(random_batches(), 2)
 
     learned, further = pair.learn(1), pair.learn(2)
     assert learned.losses[0] == pytest.approx(plain_loss(pair.child, first), abs=1e-5)
 
-    # Without the spread nothing is left for the constant part: the maps give all that the plan copies.
+    # Without the spread nothing is left for the constant part: the maps give all that the plan copies or averages.
     monkeypatch.setattr(learning, "SPREAD", 0.0)
     new = {origin.new.name: origin.new for origin in pair.plan.parameters()}
     given = learning._by_parameter(pair.state(), new.values(), pair.plan, CPU)

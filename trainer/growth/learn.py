@@ -236,7 +236,8 @@ def _first_write(axis: AxisMap, name: str, seed: int) -> Tensor:
     """E and its spread, (large, small)."""
     matrix = _dense(axis, axis.write)
     if axis.new_write == "mean":
-        matrix[torch.tensor(axis.source_index) == NEW] = 1 / axis.small
+        new = torch.tensor(axis.source_index) == NEW
+        matrix[new] = torch.tensor(axis.write)[new, None] / axis.small
     return matrix + _spread(axis, f"{seed} {name} write")
 
 
