@@ -184,7 +184,7 @@ def as_gguf(folder: Path, path: Path, architecture: str = "llama", **more: Any) 
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    writer.add_rope_freq_base(more.get("theta", config["rope_parameters"]["rope_theta"]))
     writer.add_rope_dimension_count(config["head_dim"])
     writer.add_vocab_size(config["vocab_size"])
     tokens = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
@@ -244,8 +244,9 @@ def test_a_gguf_file_that_would_be_another_model_is_refused(llama: Path, tmp_pat
         as_gguf(llama, tmp_path / "falcon.gguf", "falcon"): "architecture 'falcon': can be grown are",
         as_gguf(llama, tmp_path / "olmo2.gguf", "olmo2"): "architecture olmo2 is not supported yet",
         as_gguf(llama, tmp_path / "scaled.gguf", scaling="yarn"): "its RoPE is scaled",
+        as_gguf(llama, tmp_path / "theta.gguf", "starcoder2", theta=500.0): "does not read its rope_theta, 500; use",
     }.items():
         with pytest.raises((FamilyError, SourceError), match=said):
             locate(str(path)).config()
-    with pytest.raises(SourceError, match=r"holds 4 GGUF files; name one of them, such as .*falcon.gguf"):
+    with pytest.raises(SourceError, match=r"holds 5 GGUF files; name one of them, such as .*falcon.gguf"):
         locate(str(tmp_path))

@@ -18,10 +18,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from math import isclose
 from pathlib import Path
 from typing import Any, Protocol
 
 from trainer.families import FAMILIES, FamilyError, family_of, read_config
+from trainer.families.rope import ropes
 from trainer.growth.apply import COMPANIONS, Progress
 from trainer.growth.weights import INDEX, SourceError, unpickling
 from trainer.spec import for_transformers, is_path
@@ -172,12 +174,15 @@ class Gguf:
     path: Path
 
     def config(self) -> dict[str, Any]:
-        self._check()
+        theta = self._checked()
         from transformers import AutoConfig
 
         with self._said():
             config = AutoConfig.from_pretrained(str(self.path.parent), gguf_file=self.path.name, local_files_only=True)
-            return {key: value for key, value in config.to_dict().items() if key != "quantization_config"}
+            read = {key: value for key, value in config.to_dict().items() if key != "quantization_config"}
+            if theta is not None and not any(isclose(theta, r["rope_theta"], rel_tol=1e-6) for r in ropes(read)):
+                raise ValueError(f"transformers does not read its rope_theta, {theta:g}; use the original")
+            return read
 
     @contextmanager
     def folder(self, scratch: Path, progress: Progress | None = None) -> Iterator[Path]:
@@ -209,8 +214,11 @@ class Gguf:
                 progress(size, size, "converting")
             yield Path(converted)
 
-    def _check(self) -> None:
-        """Raises :class:`FamilyError` for an architecture that cannot be grown, before torch is needed to know it."""
+    def _checked(self) -> float | None:
+        """RoPE's theta, where it says one.
+
+        Raises :class:`FamilyError` for an architecture that cannot be grown, before torch is needed to know it.
+        """
         from gguf import GGUFReader
 
         with self._said():
@@ -220,12 +228,14 @@ class Gguf:
                 raise ValueError("it names no architecture")
             architecture = str(field.contents())
             scaling = reader.get_field(f"{architecture}.rope.scaling.type")
+            theta = reader.get_field(f"{architecture}.rope.freq_base")
             scaled = scaling is not None and scaling.contents() != "none"
             # As Llama 3.1 has them. transformers reads neither, so the model would be another at a long context.
             if scaled or any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors):
                 raise ValueError("its RoPE is scaled, which transformers does not read from GGUF; use the original")
         if _GGUF_NAMES.get(architecture, architecture) not in FAMILIES:
             raise FamilyError(f"{self.path}: architecture {architecture!r}: can be grown are {', '.join(FAMILIES)}")
+        return None if theta is None else float(theta.contents())
 
     @contextmanager
     def _said(self) -> Iterator[None]:
