@@ -26,7 +26,7 @@ BASE_BYTES = 439_000_000
 MEMORY_MARGIN = 1.1
 #: How much of what is kept the allocator needs on top, for temporaries and the holes that they leave: fitted, on CPU.
 #: LayerNorm is one operation; RMSNorm and RoPE are chains of them, in fp32. Phi-3 took more.
-HOLES = {"LayerNorm": 1.1, "RMSNorm": 1.5, "RMSNorm, fused bf16": 2.1}
+HOLES = {"LayerNorm": 1.1, "LayerNorm, RoPE": 1.3, "RMSNorm": 1.5, "RMSNorm, fused bf16": 2.1}
 
 
 class Parameters(NamedTuple):
@@ -112,7 +112,9 @@ def memory_bytes(family: str, shape: Shape, train: TrainSpec, n_positions: int, 
     half = train.precision != "fp32"  # `auto` may turn out either way: the recipe where bf16 is fast
     kept = train.tokens_per_step * shape.n_layers * activation_bytes(architecture, shape, train.n_ctx, half)
     norm = (
-        "LayerNorm"
+        "LayerNorm, RoPE"
+        if architecture.mean_centred and architecture.rotary
+        else "LayerNorm"
         if architecture.mean_centred
         else "RMSNorm, fused bf16"
         if architecture.fused and half
@@ -131,14 +133,15 @@ def activation_bytes(family: Family, shape: Shape, n_ctx: int, half: bool) -> in
     d, f = shape.d_model, shape.d_mlp
     q, kv = shape.n_heads * shape.d_head, shape.kv_heads * shape.d_head
     one_block = family.parameters(shape.model_copy(update={"n_layers": 1}), 1, 1, True)
+    reading = sum(p.kind == "matrix" and p.into == ("embed",) for p in one_block)
     n_norms = sum(p.layer is not None and p.kind == "norm_gain" and p.out == (("embed",),) for p in one_block)
     # The input of each norm, one where two read the same; RMSNorm, built of single operations, keeps the normed too.
     norms = 4 * (1 if family.parallel else n_norms) * d * (1 if family.mean_centred else 2)
-    # The output of each norm, cast once for each matrix that reads it (q, k, v, gate, up; c_attn, c_fc).
+    # The output of each norm, cast once for each matrix that reads it (q, k, v, gate, up).
     # Queries and keys as given and as normed, in fp32; of single heads rounded before their gain, Gemma's after.
     rounds = half and family.qk_norm == "head" and not family.gain_from_one
     norms += (q + kv) * (6 if rounds else 8) if family.qk_norm else 0
-    products = 5 * d if half and not family.fused else 2 * d
+    products = reading * d if half else 2 * d
     products += 2 * q + 2 * kv  # queries, keys, values, and what attention gives
     if family.fused and family.rotates_first:
         products += 2 * q + kv  # rotated ones are new, values keep all three alive; what attention gives is copied

@@ -17,8 +17,11 @@ PARENT = {
     "llama": Shape(d_model=12, n_heads=6, n_kv_heads=2, d_head=4, d_mlp=20, n_layers=2),
 }
 #: Families with Llama's axes, which differ in what stands on them: they grow from and to Llama's shapes.
-LIKE_LLAMA = ("gemma", "gemma2", "gemma3_text", "mistral", "olmo2", "phi3", "qwen2", "qwen3")
+LIKE_LLAMA = ("gemma", "gemma2", "gemma3_text", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "starcoder2")
 PARENT |= dict.fromkeys(LIKE_LLAMA, PARENT["llama"])
+
+#: What rules promise, which plans and forward passes are held to: widths that lose the function, depths that keep it.
+LOSING_WIDTHS, KEEPING_DEPTHS = {"aki", "random_pad"}, {"identity"}
 
 
 def child(family: str, **changes: Any) -> Shape:

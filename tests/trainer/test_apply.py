@@ -15,6 +15,7 @@ import pytest
 
 from tests.trainer.pico import (
     D_VOCAB,
+    KEEPING_DEPTHS,
     LIKE_LLAMA,
     N_POSITIONS,
     PARENT,
@@ -166,10 +167,10 @@ def test_a_plan_preserves_exactly_where_a_forward_pass_in_float64_does(
         assert difference < 1e-9 if made.preserves else difference > 1e-4, (fields, made.because)
         seen.add(made.preserves)
     # Without depth alone, d_head alone remains, where the architecture has it.
-    assert (True in seen) == (depth == "identity" or (width != "random_pad" and not get_family(family).square))
+    assert (True in seen) == (depth in KEEPING_DEPTHS or (width != "random_pad" and not get_family(family).square))
 
 
-@pytest.mark.parametrize("depth", sorted(set(DEPTH_RULES) - {"identity"}))
+@pytest.mark.parametrize("depth", sorted(set(DEPTH_RULES) - KEEPING_DEPTHS))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_other_depth_rules_change_the_function_as_their_plan_says(
     family: str, depth: str, parents: Any, tmp_path: Path

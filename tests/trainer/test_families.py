@@ -46,6 +46,8 @@ SHAPES = [
     ("gemma3_text", child("gemma3_text", d_model=18, d_head=10, n_kv_heads=None, n_layers=7)),
     ("phi3", PARENT["phi3"]),
     ("phi3", child("phi3", d_model=60, d_head=10, n_kv_heads=None, n_layers=3)),
+    ("starcoder2", PARENT["starcoder2"]),
+    ("starcoder2", child("starcoder2", d_model=60, d_head=10, n_kv_heads=None, n_layers=3)),
 ]
 
 
@@ -176,6 +178,7 @@ def test_what_is_suggested_is_right(family: str) -> None:
         ({"model_type": "gpt_neox", "attention_bias": False}, "attention_bias False"),
         ({"model_type": "gpt_neox", "rotary_pct": 1.5}, "rotary_pct 1.5: must be a share"),
         ({"model_type": "gpt_neox", "head_dim": 64}, "head_dim 64"),
+        ({"model_type": "starcoder2", "use_bias": False}, "use_bias False"),
     ],
 )
 def test_a_config_that_growth_cannot_carry_is_refused(config: dict[str, Any], said: str) -> None:
@@ -305,6 +308,15 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "sliding_window": 32768,
         "max_window_layers": 28,
     },
+    "StarCoder2 3B": {
+        "model_type": "starcoder2",
+        "rope_theta": 999999.4420358813,
+        "norm_epsilon": 1e-05,
+        "layer_norm_epsilon": 1e-05,
+        "residual_dropout": 0.1,
+        "sliding_window": 4096,
+        "use_bias": True,
+    },
     "Pythia": {
         "model_type": "gpt_neox",
         "num_attention_heads": 3,
@@ -327,7 +339,7 @@ def test_a_config_of_transformers_4_grows_as_the_same_one_of_transformers_5(mode
     sizes = {"hidden_size": 12, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 4}
     sizes |= {"intermediate_size": 20, "num_hidden_layers": 4, "vocab_size": D_VOCAB, "max_position_embeddings": 24}
     old = sizes | PUBLISHED[model]
-    if old["model_type"] in ("phi3", "gpt_neox"):
+    if old["model_type"] in ("phi3", "gpt_neox", "starcoder2"):
         del old["head_dim"]
     AutoConfig.for_model(**json.loads(json.dumps(old))).save_pretrained(tmp_path)
     new = read_config(tmp_path)

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from tests.trainer.pico import D_VOCAB, LIKE_LLAMA, N_POSITIONS, PARENT, child, grow
+from tests.trainer.pico import D_VOCAB, KEEPING_DEPTHS, LIKE_LLAMA, LOSING_WIDTHS, N_POSITIONS, PARENT, child, grow
 from trainer.families import get_family
 from trainer.growth import OPERATORS, GrowthError, GrowthPlan, check, plan, resolve_shape
-from trainer.growth.depth import DEPTH_RULES, Block
+from trainer.growth.depth import DEPTH_RULES, AtMostTwice, Block
 from trainer.growth.exactness import broken
 from trainer.growth.maps import NEW, copies, corner, cyclic, place, product, tile, weighted
 from trainer.growth.width import WIDTH_RULES
@@ -110,7 +110,7 @@ def test_identity_blocks_keep_the_old_ones_in_order_and_silence_all_others(paren
 
 @given(parent=st.integers(1, 12), more=st.integers(0, 30), rule=st.sampled_from(sorted(DEPTH_RULES)))
 def test_a_depth_rule_gives_the_wanted_depth_and_leaves_no_block_out(parent: int, more: int, rule: str) -> None:
-    if rule in ("solar", "midas"):
+    if rule not in ANY_DEPTH:
         more = min(more, parent)
     DEPTH_RULES[rule].refuse(parent, parent + more)
     blocks = DEPTH_RULES[rule].blocks(parent, parent + more)
@@ -157,7 +157,7 @@ def test_only_key_value_heads_grow_and_queries_stay_where_they_are() -> None:
 
 ratios = st.integers(1, 3)
 #: The rules that lead to any depth; the others at most double it.
-ANY_DEPTH = sorted(set(DEPTH_RULES) - {"solar", "midas"})
+ANY_DEPTH = [key for key, rule in DEPTH_RULES.items() if not isinstance(rule, AtMostTwice)]
 
 
 @st.composite
@@ -194,10 +194,10 @@ def test_what_is_preserved_is_computed_from_what_changes(growth: tuple[str, Shap
     same_depth = to.n_layers == PARENT[family].n_layers
     same_width = to.model_copy(update={"n_layers": 2}) == PARENT[family]
 
-    keeps = width not in ("aki", "random_pad")
+    keeps = width not in LOSING_WIDTHS
     if get_family(family).qk_norm == "all":
         assume(width not in ("pad", "net2net"))  # heads that are not copied equally often change a norm over all
-    assert made.preserves == ((keeps or same_width) and (depth == "identity" or same_depth))
+    assert made.preserves == ((keeps or same_width) and (depth in KEEPING_DEPTHS or same_depth))
 
 
 @given(growth=whole_growths(), width=st.sampled_from(sorted(WIDTH_RULES)), depth=st.sampled_from(ANY_DEPTH))

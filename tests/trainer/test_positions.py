@@ -47,6 +47,7 @@ def rewrite(folder: Path, without: Iterable[str] = (), **fields: Any) -> None:
 WINDOWED: dict[str, tuple[dict[str, Any], list[str] | None]] = {
     "mistral": ({}, None),
     "phi3": ({}, None),
+    "starcoder2": ({}, None),
     "qwen2": ({"use_sliding_window": True, "max_window_layers": 1}, [FULL, SLIDING]),
     "qwen3": ({"use_sliding_window": True, "layer_types": [SLIDING, FULL]}, [SLIDING, FULL]),
     "gemma2": ({}, [SLIDING, FULL]),
@@ -133,7 +134,9 @@ def speeds(config: dict[str, Any], text: int = N_POSITIONS) -> tuple[torch.Tenso
     return rotary.inv_freq, rotary.attention_scaling
 
 
-@pytest.mark.parametrize(("family", "kind"), [*(("llama", kind) for kind in ROPES), ("phi3", "longrope")])
+@pytest.mark.parametrize(
+    ("family", "kind"), [*(("llama", k) for k in ROPES), ("phi3", "longrope"), ("starcoder2", "yarn")]
+)
 def test_every_kind_of_rope_is_carried_along_where_d_head_stays(family: str, kind: str, tmp_path: Path) -> None:
     """To float64 rounding: speeds and text are the same to the last bit."""
     square = {"d_model": 24} if family == "phi3" else {}

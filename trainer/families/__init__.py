@@ -24,6 +24,7 @@ from trainer.families.olmo2 import Olmo2
 from trainer.families.phi3 import Phi3
 from trainer.families.qwen2 import Qwen2
 from trainer.families.qwen3 import Qwen3
+from trainer.families.starcoder2 import Starcoder2
 
 __all__ = [
     "FAMILIES",
@@ -53,6 +54,7 @@ FAMILIES: dict[str, Family] = {
         Phi3(),
         Qwen2(),
         Qwen3(),
+        Starcoder2(),
     )
 }
 

@@ -42,6 +42,7 @@ class Llama(Family):
     #: A block's norms, in the model's order, and those of them that stand after attention and MLP, not before.
     norms: ClassVar[tuple[str, ...]] = ("input_layernorm", "post_attention_layernorm")
     post_norms: ClassVar[tuple[str, ...]] = ()
+    epsilon: ClassVar[str] = "rms_norm_eps"  # the field of config.json with the norms' eps
     whole_heads: ClassVar[bool] = True  # transformers wants d_model to be a multiple of n_heads
     #: What transformers takes a field for that a config.json leaves out.
     assumed: ClassVar[Mapping[str, Any]] = {"max_position_embeddings": 2048}
@@ -81,12 +82,17 @@ class Llama(Family):
             self._attention(add, f"{block}.self_attn", i)
             self._mlp(add, f"{block}.mlp", i)
             for norm in self.norms:
-                after = norm in self.post_norms
-                add.vector(f"{block}.{norm}.weight", "norm_gain", embed, layer=i, writes_residual=after)
-        add.vector("model.norm.weight", "norm_gain", embed, final_norm=True)
+                self._norm(add, f"{block}.{norm}", layer=i, writes_residual=norm in self.post_norms)
+        self._norm(add, "model.norm", final_norm=True)
         if not tied:
             add.matrix("lm_head.weight", ("vocab",), embed)
         return tuple(add.parameters)
+
+    def _norm(self, add: Layout, norm: str, **tags: Any) -> None:
+        """The parameters of a norm of the residual stream."""
+        add.vector(f"{norm}.weight", "norm_gain", ("embed",), **tags)
+        if self.mean_centred:
+            add.vector(f"{norm}.bias", "norm_bias", ("embed",), **tags)
 
     def _attention(self, add: Layout, attention: str, layer: int) -> None:
         """The parameters of a block's attention."""
@@ -131,7 +137,7 @@ class Llama(Family):
             d_head=whole(config, "head_dim", d_model // n_heads),
             d_mlp=whole(config, "intermediate_size"),
             n_layers=whole(config, "num_hidden_layers"),
-            layer_norm_eps=config.get("rms_norm_eps", 1e-6),
+            layer_norm_eps=config.get(self.epsilon, 1e-6),
         )
         self.known_ropes(config)
         self._possible_share(config)
@@ -180,7 +186,7 @@ class Llama(Family):
             "head_dim": shape.d_head,
             "intermediate_size": shape.d_mlp,
             "num_hidden_layers": shape.n_layers,
-            "rms_norm_eps": shape.layer_norm_eps,
+            self.epsilon: shape.layer_norm_eps,
         }
         if kinds := self._moved(config, shape.n_layers, sources):
             sized["layer_types"] = kinds
