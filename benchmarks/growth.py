@@ -37,13 +37,13 @@ from typing import NamedTuple
 import numpy as np
 
 from benchmarks import _machine as machine
-from benchmarks.pages import ROOT
 from trainer.families import get_family
 from trainer.growth import plan
 from trainer.growth.apply import grow_checkpoint, named_weights, open_source
 from trainer.growth.weights import Array, Entry, Shards, itemsize, narrow
 from trainer.shape import GrowInit, Shape
 
+ROOT = Path(__file__).resolve().parent.parent
 D_VOCAB, N_POSITIONS = 32_000, 2048
 WIDER = ("d_model", "n_heads", "d_mlp")
 

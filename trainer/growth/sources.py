@@ -110,12 +110,12 @@ class OnHub:
         commit = first.name
         wanted = ("config.json", *WEIGHTS, *COMPANIONS)
         size = self._size(commit, wanted)
-        if progress is not None:
+        if progress is not None and size:
             progress(0, size, "fetching")
         folder = self._snapshot(*wanted, revision=commit)
         if not any(folder.glob("*.safetensors")):
             raise SourceError(self._way_out(commit))
-        if progress is not None:
+        if progress is not None and size:
             progress(size, size, "fetching")
         yield folder
 
