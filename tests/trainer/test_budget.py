@@ -118,6 +118,7 @@ MEASURED_PEAKS = [  # family, d_model, n_kv_heads, d_mlp, n_layers, d_vocab, bat
     ("phi3", 384, None, 1024, 6, 4096, 16, "bf16", 1905),
     ("phi3", 512, None, 1408, 8, 4096, 8, "bf16", 2004),
     ("phi3", 384, None, 1024, 6, 4096, 8, "fp32", 1391),
+    ("starcoder2", 384, 2, 1536, 6, 4096, 8, "fp32", 1106),
 ]
 
 
