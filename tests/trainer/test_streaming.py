@@ -227,6 +227,11 @@ def test_what_a_dtype_cannot_hold_is_refused_by_its_tensors_name(noise: float | 
     made = planned(source, child("llama", d_mlp=40), grow(snr_db=noise))
     with pytest.raises(GrowthError, match=r"^dtype: model\.\S+: .* is too large for F16; BF16 or F32 would be right"):
         grow_checkpoint(source, tmp_path / "child", made, seed=0, dtype="F16", verify=False)
+    # Both double a matrix: one that is copied in the bits it is stored in, and one that has random entries too.
+    for name, to, width in (("embed_tokens", {"d_model": 48}, "pad"), (r"\S+\.q_proj", {"d_head": 16}, "duplicate")):
+        made = planned(source, child("llama", **to), grow(width, snr_db=noise))
+        with pytest.raises(GrowthError, match=rf"^dtype: model\.{name}\.weight: .* too large for F32$"):
+            grow_checkpoint(source, tmp_path / "child", made, seed=0, verify=False, threads=1)
     assert [path.name for path in tmp_path.iterdir()] == ["parent"]
 
 

@@ -249,8 +249,8 @@ def _write_weights(
             for rows in _rows(weights, origin, plan, seed, entry.dtype):
                 shards.write(entry.name, rows)
         except OverflowError as error:
-            wider = "BF16 or F32" if entry.dtype == "F16" else "F32"
-            raise GrowthError("dtype", f"{entry.name}: {error}; {wider} would be right") from None
+            wider = {"F16": "; BF16 or F32 would be right", "BF16": "; F32 would be right"}.get(entry.dtype, "")
+            raise GrowthError("dtype", f"{entry.name}: {error}{wider}") from None
 
     with Shards(folder, entries, max_shard_bytes) as shards:
         tasks = [partial(write, shards, origin, entry) for origin, entry in zip(origins, entries, strict=True)]

@@ -57,7 +57,11 @@ def _blocks(
             values = widen32(block) if old.dtype == "BF16" else block.astype(np.float32)
             # One of the two is one number throughout.
             factor = row_scale[part, None] * scale.flat[0] if _is_one_value(scale) else scale * row_scale[~rows.new][0]
-            values *= factor.astype(np.float32)
+            try:
+                with np.errstate(over="raise"):
+                    values *= factor.astype(np.float32)
+            except FloatingPointError:
+                raise OverflowError(f"an entry is too large for {dtype}") from None
             block = narrow(values, dtype)
         block = columns.spread(block)
         block[:, columns.new] = 0
