@@ -120,7 +120,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_of_a_model_on_the_hub_only_what_growing_needs_is_fetched(llama: Path, on_hub: Any, tmp_path: Path) -> None:
+def test_of_a_model_on_the_hub_only_what_growing_needs_is_fetched_and_once(
+    llama: Path, on_hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     more = ("pytorch_model.bin", "modeling_llama.py", "consolidated.safetensors", "onnx/model.onnx", "README.md")
     fetched = on_hub(contents(llama) | dict.fromkeys(more, b"x" * 1000))
     told: list[tuple[int, int, str]] = []
@@ -133,6 +135,11 @@ def test_of_a_model_on_the_hub_only_what_growing_needs_is_fetched(llama: Path, o
     assert fetched == set(contents(llama))
     size = sum(len(content) for name, content in contents(llama).items() if name != "config.json")
     assert told == [(0, size, "fetching"), (size, size, "fetching")]
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with locate("some/one").folder(tmp_path, lambda *report: told.append(report)) as folder:
+        assert contents(folder) == contents(llama)
+    assert len(told) == 2, "nothing was fetched again"
 
 
 @pytest.mark.parametrize(

@@ -120,11 +120,15 @@ class OnHub:
         yield folder
 
     def _size(self, commit: str, wanted: tuple[str, ...]) -> int:
-        """Bytes that are still to be fetched. Raises OSError where the cache has no room for them."""
+        """Bytes that are still to be fetched; 0 offline. Raises OSError where the cache has no room for them."""
         from huggingface_hub import constants, snapshot_download
+        from huggingface_hub.errors import DryRunError
 
         with self._said():
-            files = snapshot_download(self.name, revision=commit, allow_patterns=list(wanted), dry_run=True)
+            try:
+                files = snapshot_download(self.name, revision=commit, allow_patterns=list(wanted), dry_run=True)
+            except DryRunError:  # what there is in the cache will have to do
+                return 0
         size = sum(int(file.file_size or 0) for file in files if file.will_download)
         cache = Path(constants.HF_HUB_CACHE)
         free = shutil.disk_usage(next(folder for folder in (cache, *cache.parents) if folder.exists())).free
