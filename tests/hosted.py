@@ -111,7 +111,12 @@ def all_arrived_once(sshd: Sshd, run: ModelRun, starts: int = 1) -> None:
         if event["kind"] in ("train", "eval")
     }
     assert told_by_rows(run) == sorted((*key, value) for key, value in points.items())
-    noted = [event["seq"] for event in told if event["kind"] not in ("train", "eval", "preparing")]
+    noted = [
+        event["seq"]
+        for event in told
+        if event["kind"] not in ("train", "eval", "preparing")
+        or any(row["layer"] is None for row in event.get("symmetry") or ())  # whether copies have parted
+    ]
     assert list(run.notes.order_by("seq").values_list("seq", flat=True)) == noted
     assert sum(event["kind"] == "started" for event in told) == starts
 

@@ -337,6 +337,7 @@ class Session:
                     await shell.write(archive)
                     said = await shell.message()
                 if "error" in said:
+                    await shell.last_words()
                     raise _no_relay(place, said["error"], shell.errors.text)
                 await shell.sentinel()  # of the relay itself
         except TimeoutError:
@@ -434,13 +435,17 @@ class _Shell:
             raise await self._ended(line)
         return said
 
+    async def last_words(self) -> None:
+        """Wait a little for the errors that a shell which is ending has printed: they may still be on their way."""
+        with contextlib.suppress(TimeoutError, asyncssh.Error):
+            async with asyncio.timeout(1):
+                await self.errors.end()
+
     async def _ended(self, printed: bytes) -> HostProblem:
         if len(printed) > MOST_NOISE:
             said = f"prints more than {MOST_NOISE >> 10} KB before it runs anything; quieten its start-up files."
             return HostProblem(Host.Problem.UNUSABLE, f"The login shell of {self.place.username} {said}")
-        with contextlib.suppress(TimeoutError, asyncssh.Error):  # what it has to say may still be on its way
-            async with asyncio.timeout(1):
-                await self.errors.end()
+        await self.last_words()
         if self.connection.is_closed():
             return HostProblem(Host.Problem.UNREACHABLE, f"The connection to {self.place} broke; it is made anew.")
         words = cut(f"{printed.decode('utf-8', 'replace')} {self.errors.text}")

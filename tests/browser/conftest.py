@@ -114,8 +114,9 @@ def context(browser: Browser, site: Site, complaints: list[str]) -> Iterator[Bro
 
 
 def _listen(message: ConsoleMessage, complaints: list[str]) -> None:
-    # A refused form answers 422 and a stranger 404: meant, though the console calls them failures.
-    meant = re.search(r"status of (404|422)", message.text)
+    # A refused form answers 422 and a stranger 404: meant, though the console calls them failures. A page that is left
+    # while it asks for news aborts that, of which htmx tells twice; a request that failed tells `htmx:sendError` too.
+    meant = re.search(r"status of (404|422)|^htmx:(sendAbort|afterRequest),", message.text)
     if (message.type == "error" and not meant) or "Content Security Policy" in message.text:
         complaints.append(message.text)
 
