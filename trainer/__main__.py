@@ -80,7 +80,14 @@ def _parser() -> argparse.ArgumentParser:
 
     grow = commands.add_parser("grow", help="grow a checkpoint and nothing else")
     grow.add_argument("source", metavar="SOURCE", help="a folder or GGUF file (./NAME or /NAME), or a name on the Hub")
-    grow.add_argument("--shape", type=_changes, default={}, metavar="FIELD=N,...", help="as in d_model=512,n_layers=2x")
+    grow.add_argument(
+        "--shape",
+        type=_changes,
+        action="append",
+        default=[],
+        metavar="FIELD=N,...",
+        help="as in d_model=512,n_layers=2x; may be given several times",
+    )
     grow.add_argument("--width", default="duplicate", metavar="RULE")
     grow.add_argument("--depth", default="identity", metavar="RULE")
     grow.add_argument("--init-range", type=float, default=0.02, metavar="STD", help="of what is drawn anew")

@@ -79,7 +79,8 @@ def _grow(given: argparse.Namespace, teller: Teller) -> int:
         n_positions=given.positions,
     )
     located = locate(given.source)
-    growth, sheet = _planned(located, given.shape, init, given.dtype, given.out)
+    changes = {field: size for part in given.shape for field, size in part.items()}
+    growth, sheet = _planned(located, changes, init, given.dtype, given.out)
     teller.planned(sheet)
     if given.dry_run:
         return 0
