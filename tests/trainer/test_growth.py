@@ -404,6 +404,8 @@ def test_a_gpt2_head_may_grow_by_any_ratio() -> None:
 def test_exact_copies_without_noise_are_warned_of() -> None:
     wider = child("llama", d_mlp=40)
     assert planned("llama", wider, grow(snr_db=None)).warnings
+    assert "above the last one" in planned("llama", wider, grow("aki", snr_db=None)).warnings[0]
+    assert planned("llama", wider, grow(split="uneven", snr_db=None)).warnings == []
     assert planned("llama", wider, grow()).warnings == []
     assert planned("llama", child("llama", n_layers=4), grow(snr_db=None)).warnings == []
 

@@ -228,8 +228,10 @@ def _warnings(parent: Shape, child: Shape, init: GrowInit, maps: Mapping[str, Ax
     copied = any(max(m.multiplicity) > 1 for m in maps.values())
     rule = WIDTH_RULES[init.width]
     # Copies of one source that are read alike get equal gradients, and so do those that read each its own kind alone.
-    alike = init.noise == 0 and (rule.split or init.split) != "uneven" and not rule.from_above
-    if copied and alike:
+    alike = init.noise == 0 and (rule.split or init.split) != "uneven"
+    if copied and alike and rule.from_above:
+        found.append("No block is above the last one, so without noise its copies are alike and may stay so for ever.")
+    elif copied and alike:
         found.append(
             "Without noise, copies get equal gradients and may stay copies for ever: the extra width learns nothing."
         )
