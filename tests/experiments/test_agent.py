@@ -216,7 +216,8 @@ def test_a_machine_that_was_started_anew_takes_the_attempt_up_again(directory: P
     record = process(directory)
     for who in ("supervisor", "trainer"):
         kill(record[who]["pid"])
-    eventually(lambda: not agent.is_alive(record["trainer"]))
+    for who in ("supervisor", "trainer"):
+        eventually(lambda who=who: not agent.is_alive(record[who]))
     assert agent.status(directory)["exit"]["lost"]
     assert not agent.status(directory)["exit"]["rebooted"]
     (directory / "process.json").write_text(json.dumps({**record, "boot_id": "the boot before"}))

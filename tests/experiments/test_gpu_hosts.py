@@ -124,7 +124,7 @@ def test_an_experiment_that_trains_is_deleted(site: Live, sshd: Sshd, owner: Use
     eventually(lambda: not Removal.objects.exists(), what="for the removal")
     eventually(lambda: not folder.exists())
     for who in ("trainer", "supervisor"):
-        assert not agent.is_alive(process[who])
+        eventually(lambda who=who: not agent.is_alive(process[who]))
     eventually(lambda: not here.exists(), what="for the end of what was brought here")
 
 
