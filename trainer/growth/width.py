@@ -12,7 +12,6 @@ from typing import ClassVar, NamedTuple
 from trainer.families import Family
 from trainer.growth import axes
 from trainer.growth.axes import FIELD_AXES, size_of
-from trainer.growth.errors import GrowthError
 from trainer.growth.maps import AxisMap, corner, cyclic
 from trainer.shape import Shape, Split
 
@@ -39,7 +38,7 @@ class WidthRule:
     from_above: ClassVar[bool] = False
 
     def refuse(self, family: Family, parent: Shape, child: Shape) -> None:
-        """Raise :class:`GrowthError` where this rule cannot lead from `parent` to `child`. Any larger size will do."""
+        """Raise `GrowthError` where this rule cannot lead from `parent` to `child`. Any larger size will do."""
 
     def maps(self, family: Family, parent: Shape, child: Shape) -> dict[str, AxisMap]:
         """A map for each axis that a field of the shape sets the size of."""
@@ -75,8 +74,6 @@ class Duplicate(WidthRule):
 
     def refuse(self, family: Family, parent: Shape, child: Shape) -> None:
         axes.refuse_heads(parent, child)
-        if family.rotary and child.d_head % 2:
-            raise GrowthError("shape.d_head", "RoPE turns channels in pairs, so it must be even", child.d_head)
 
     def maps(self, family: Family, parent: Shape, child: Shape) -> dict[str, AxisMap]:
         q_head, kv_head = axes.copied_heads(parent, child, self.choose)
